@@ -1,0 +1,52 @@
+# Every target sets itself up: finds a Python, makes .venv, installs the pinned requirements. The second call skips that.
+
+VENV := .venv
+PY   := $(VENV)/bin/python
+ARGS ?=
+
+# Tried in this order; another one: make run PYTHON=/path/to/python3.12
+PYTHON ?= $(firstword $(foreach name,python3.12 python3.11 python3.13 python3.14 python3 python,$(shell \
+	$(name) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v $(name))))
+
+.DEFAULT_GOAL := help
+.PHONY: help run test lint train-toybox bench setup setup-dev clean
+
+help:                   ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
+
+run: setup              ## start the app on http://127.0.0.1:7860
+	$(PY) app.py $(ARGS)
+
+test: lint              ## ruff, then every test
+	$(PY) -m pytest $(ARGS)
+
+lint: setup-dev         ## ruff
+	$(PY) -m ruff check .
+
+train-toybox: setup     ## make assets/toybox from nothing (resumes where it stopped)
+	$(PY) -m psd.toybox.train $(ARGS)
+
+bench: setup            ## measure the table "Does it work?" of the README
+	$(PY) -m psd.bench image $(ARGS)
+
+clean:                  ## remove the environment, caches and outputs of the command line
+	rm -rf $(VENV) .pytest_cache .ruff_cache outputs
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+setup: $(VENV)/.installed
+setup-dev: $(VENV)/.installed-dev
+
+# A stamp is written only after pip succeeded: an interrupted set-up is simply done again.
+$(VENV)/.installed: requirements.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer with its venv module is needed and was not found:" \
+		"install it (Debian and Ubuntu: apt install python3 python3-venv) or give its path, make PYTHON=/path/to/python3.12." >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than Python 3.11:" \
+		"give a newer one, make PYTHON=/path/to/python3.12." >&2; exit 1; }
+	@echo "Setting up $(VENV) with $(PYTHON): once, one to three minutes."
+	"$(PYTHON)" -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@

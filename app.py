@@ -1,0 +1,42 @@
+"""Gradio entry of the Space and of `make run`: builds the page, serves it, then loads the default models."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+
+# Read when gradio loads.
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+user = os.getuid() if hasattr(os, "getuid") else "app"
+os.environ.setdefault("GRADIO_TEMP_DIR", os.path.join(tempfile.gettempdir(), f"preference-score-distillation-{user}"))
+
+import spaces  # noqa: E402, F401  before torch: on ZeroGPU it patches it
+
+import psd  # noqa: E402, F401  before torch: sets how its threads wait
+from psd.ui import build_demo  # noqa: E402
+from psd.ui.session import ON_ZERO_GPU, warm  # noqa: E402
+from psd.ui.theme import HEAD, STYLE, theme  # noqa: E402
+
+demo = build_demo()
+demo.queue(default_concurrency_limit=1, max_size=16, api_open=False)
+
+
+def launch(**options) -> tuple:
+    """Serve the page with the app's own safe settings; `options` are gradio's."""
+    settings = dict(
+        theme=theme, css_paths=STYLE, head=HEAD, ssr_mode=False, mcp_server=True, max_file_size="10mb",
+        show_error=False, run_history=False, footer_links=["api", "gradio", "settings"],
+    )  # fmt: skip
+    return demo.launch(**{**settings, **options})
+
+
+if __name__ == "__main__":
+    if ON_ZERO_GPU:  # the GPU workers are forks of this process: what is loaded before, they all have
+        warm()
+        launch()
+    else:
+        # Loading beside the server keeps the page quick to appear, and the first Run quick to start.
+        launch(prevent_thread_lock=True)
+        threading.Thread(target=warm, daemon=True).start()
+        demo.block_thread()

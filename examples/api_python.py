@@ -1,0 +1,27 @@
+"""Stream a run of the app and fetch everything it made.
+
+    pip install gradio_client
+    python api_python.py [http://127.0.0.1:7860] [steps]
+
+Any parameter of /generate may be given by name.
+"""
+
+import sys
+
+from gradio_client import Client, handle_file
+
+url = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:7860"
+steps = int(sys.argv[2]) if len(sys.argv) > 2 else 50
+client = Client(url, verbose=False)
+
+job = client.submit(prompt="a red mushroom with a white stem", seed=7, steps=steps, api_name="/generate")
+for preview, status, *_ in job:  # job.cancel() stops the run
+    print(f"step {status['step']} of {status['steps']}, preview {preview}")
+
+_, status, with_preference, without_preference, scores, files = job.result()
+print("scores:", scores)
+print("with:", with_preference, "without:", without_preference)
+print("files:", files)
+
+rated = client.predict(handle_file(with_preference), "a red mushroom with a white stem", api_name="/scores")
+print("rated again:", rated)

@@ -1,0 +1,35 @@
+"""What the method asks of a prior and of a reward. Anything that answers to these serves: psd.priors, psd.rewards."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@runtime_checkable
+class Prior(Protocol):
+    """A latent diffusion model: x are latents, images are RGB in [0, 1]. Weights are frozen."""
+
+    latent_shape: tuple[int, int, int]
+    alphas_cumprod: Float[Tensor, " T"]
+    device: torch.device
+
+    def embed(self, prompts: list[str]) -> Float[Tensor, "P L D"]: ...
+
+    def encode(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C h w"]: ...
+
+    def decode(self, x: Float[Tensor, "B C h w"]) -> Float[Tensor, "B 3 H W"]: ...
+
+    def eps(
+        self, x_t: Float[Tensor, "B C h w"], t: int | Int[Tensor, ""], cond: Float[Tensor, "B L D"]
+    ) -> Float[Tensor, "B C h w"]: ...
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """Higher is better, raw scale, float32, differentiable in the images."""
+
+    def __call__(self, images: Float[Tensor, "B 3 H W"], prompts: list[str]) -> Float[Tensor, " B"]: ...

@@ -1,0 +1,43 @@
+"""Files of a run: PNG with its settings inside, metrics.csv, run.json. Written under another name, then renamed."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, PngImagePlugin
+
+PNG_KEY = "psd"  # text chunk that holds the settings; dropping the file on the app restores them
+
+
+def export_png(path: Path, image: np.ndarray, settings: dict[str, Any]) -> None:
+    """uint8 image [H, W, 3] with `settings` as JSON in a text chunk."""
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt(PNG_KEY, json.dumps(settings, ensure_ascii=False))
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG", pnginfo=info)
+    _write(path, buffer.getvalue())
+
+
+def export_metrics(path: Path, rows: list[dict[str, float]]) -> None:
+    """One row a step; an empty cell where a quantity was not computed."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: f"{value:.6g}" for name, value in row.items()} for row in rows)
+    _write(path, buffer.getvalue().encode())
+
+
+def export_json(path: Path, content: dict[str, Any]) -> None:
+    _write(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _write(path: Path, data: bytes) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(data)
+    partial.rename(path)

@@ -1,0 +1,127 @@
+"""Stable Diffusion as a prior: text, VAE and eps-hat of any diffusers folder or hub id.
+
+Only the parts are loaded, not the pipeline: no safety checker, no sampler. Guidance, timesteps and noise are the
+caller's. Weights are frozen; gradients flow to the inputs wherever the caller did not switch them off.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from psd.safety import RequestError
+from psd.weights import Source, check_vocabulary, pretrained, token_count, tokenize
+
+if TYPE_CHECKING:
+    from psd.priors import PriorInfo
+
+PREDICTIONS = ("epsilon", "v_prediction")
+
+
+class StableDiffusionPrior:
+    """eps-hat(x_t, y, t) of a text-conditional latent diffusion model, with its VAE and text encoder.
+
+    x are latents as the UNet sees them (times the VAE's scaling_factor), images are RGB in [0, 1].
+    Compute dtype: float32 on a CPU, float16 elsewhere; `embed` and `eps` answer in the caller's precision.
+    """
+
+    def __init__(self, name: str, licence: str, tokenizer, text_encoder, vae, unet, scheduler, lexicon: list[str]):
+        if scheduler.config.prediction_type not in PREDICTIONS:
+            raise RequestError(
+                f"'{name}' predicts {scheduler.config.prediction_type}: use a model that predicts epsilon or v."
+            )
+        self.name, self.licence = name, licence
+        self.tokenizer, self.text_encoder, self.vae, self.unet = tokenizer, text_encoder, vae, unet
+        self.predicts_v = scheduler.config.prediction_type == "v_prediction"
+        self.dtype: torch.dtype = unet.dtype
+        self.device: torch.device = unet.device
+        self.alphas_cumprod = scheduler.alphas_cumprod.float().to(self.device)  # fp32 [T]
+
+        downscale = 2 ** (len(vae.config.block_out_channels) - 1)
+        size = unet.config.sample_size
+        self.latent_shape: tuple[int, int, int] = (unet.config.in_channels, size, size)
+        self.image_size: int = size * downscale  # px
+        # A tokenizer saved without a length answers 10^30.
+        self.max_tokens: int = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
+        self.lexicon = sorted({part for word in lexicon for part in words(word)})
+
+    @classmethod
+    def load(cls, name: str, info: PriorInfo, device: str) -> StableDiffusionPrior:
+        """From the parts of a diffusers folder. Raises whatever the libraries raise for missing or damaged files."""
+        from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
+        from transformers import CLIPTextModel, CLIPTokenizer
+
+        source = info.source
+        dtype = torch.float32 if torch.device(device).type == "cpu" else torch.float16
+        tokenizer = CLIPTokenizer.from_pretrained(source.path, subfolder="tokenizer", **source.where)
+        text_encoder = pretrained(CLIPTextModel, source, subfolder="text_encoder", dtype=dtype)
+        check_vocabulary(tokenizer, text_encoder.config.vocab_size)
+        vae_class = AutoencoderKL.load_config(source.path, subfolder="vae", **source.where)["_class_name"]
+        vae_classes = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+        if vae_class not in vae_classes:
+            raise RequestError(f"'{name}' has a VAE of class {vae_class}: use one with {' or '.join(vae_classes)}.")
+        vae = pretrained(vae_classes[vae_class], source, subfolder="vae", torch_dtype=dtype)
+        unet = pretrained(UNet2DConditionModel, source, subfolder="unet", torch_dtype=dtype)
+        scheduler = DDIMScheduler.from_pretrained(source.path, subfolder="scheduler", **source.where)
+        text_encoder = text_encoder.to(device)
+        vae, unet = (part.to(device, memory_format=torch.channels_last) for part in (vae, unet))  # VAE: half the time
+        return cls(name, info.licence, tokenizer, text_encoder, vae, unet, scheduler, load_lexicon(source))
+
+    @torch.no_grad()
+    def embed(self, prompts: list[str]) -> Float[Tensor, "P L D"]:
+        """Last hidden states of the text encoder; prompts are padded and cut to its length. float32."""
+        tokens = tokenize(self.tokenizer, prompts, self.max_tokens)
+        return self.text_encoder(tokens.input_ids.to(self.device)).last_hidden_state.float()
+
+    def encode(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C h w"]:
+        """Latents of images in [0, 1]: the posterior's mean (AutoencoderKL has one), so that it is deterministic."""
+        encoded = self.vae.encode((2 * images - 1).to(self.dtype))
+        x = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mean
+        return (x * self.vae.config.scaling_factor).to(images.dtype)
+
+    def decode(self, x: Float[Tensor, "B C h w"]) -> Float[Tensor, "B 3 H W"]:
+        """Images of latents, clamped to [0, 1]."""
+        images = self.vae.decode((x / self.vae.config.scaling_factor).to(self.dtype)).sample
+        return (images.to(x.dtype) / 2 + 0.5).clamp(0, 1)
+
+    def eps(
+        self, x_t: Float[Tensor, "B C h w"], t: int | Int[Tensor, ""], cond: Float[Tensor, "B L D"]
+    ) -> Float[Tensor, "B C h w"]:
+        """eps-hat(x_t, cond, t), one condition per sample; of a v-prediction model alpha_t v + sigma_t x_t."""
+        predicted = self.unet(x_t.to(self.dtype), t, encoder_hidden_states=cond.to(self.dtype)).sample.to(x_t.dtype)
+        if not self.predicts_v:
+            return predicted
+        alpha_bar = self.alphas_cumprod[t].to(x_t.dtype)
+        return alpha_bar.sqrt() * predicted + (1 - alpha_bar).sqrt() * x_t
+
+    def truncated(self, prompt: str) -> bool:
+        """Whether `embed` cuts this prompt."""
+        return token_count(self.tokenizer, prompt) > self.max_tokens
+
+    def unknown_words(self, prompt: str) -> list[tuple[str, tuple[str, ...]]]:
+        """Words this prior was never trained on, each once, with up to two that are spelled alike and known.
+
+        Empty for a prior without a lexicon.json: it speaks English at large.
+        """
+        if not self.lexicon:
+            return []
+        unknown = [word for word in dict.fromkeys(words(prompt)) if word not in self.lexicon]
+        return [(word, tuple(difflib.get_close_matches(word, self.lexicon, n=2))) for word in unknown]
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words without punctuation; a hyphen parts two words, an apostrophe does not."""
+    return re.findall(r"[^\W_]+(?:'[^\W_]+)*", text.lower())
+
+
+def load_lexicon(source: Source) -> list[str]:
+    """The words of a folder's lexicon.json; none where there is no such file, and never from the hub."""
+    if not source.is_folder or not source.file("lexicon.json").exists():
+        return []
+    return json.loads(source.file("lexicon.json").read_text(encoding="utf-8"))["words"]

@@ -1,0 +1,44 @@
+"""The toybox's attribute classifier: which kind, colours, parts an image shows. Which facts count is not known here."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from psd.rewards.preprocess import load_mean_std, normalise, shorter_side
+from psd.weights import Source, pretrained
+
+IMAGE_SIZE = 128  # px, where the model's config has no image_size
+
+
+class AttributeClassifier:
+    """log p(value | image) per group; a ResNet whose logits are the groups' logits one after the other.
+
+    `groups` maps a group's name to its values' names, in the order of the logits. Weights frozen, float32.
+    In the model's config they are a list of [group, values].
+    """
+
+    def __init__(self, model, mean: Tensor, std: Tensor):
+        if isinstance(model.config.groups, dict):
+            raise ValueError("groups must be a list of [group, values]: transformers sorts a dict's keys on saving")
+        self.groups: dict[str, tuple[str, ...]] = {group: tuple(values) for group, values in model.config.groups}
+        if sum(map(len, self.groups.values())) != model.config.num_labels:
+            raise ValueError(f"{model.config.num_labels} logits do not split into the groups {list(self.groups)}")
+        self.model, self.mean, self.std = model, mean, std
+        self.device: torch.device = model.device
+        self.image_size: int = getattr(model.config, "image_size", IMAGE_SIZE)
+
+    @classmethod
+    def load(cls, source: Source, device: str) -> AttributeClassifier:
+        from transformers import ResNetForImageClassification
+
+        model = pretrained(ResNetForImageClassification, source).to(device, torch.float32)
+        return cls(model, *load_mean_std(source, device))
+
+    def __call__(self, images: Float[Tensor, "B 3 H W"]) -> dict[str, Float[Tensor, "B _"]]:
+        """Log-probabilities of images in [0, 1], each group summing to one in probability."""
+        pixels = normalise(shorter_side(images, self.image_size), self.mean, self.std)
+        sizes = [len(values) for values in self.groups.values()]
+        logits = self.model(pixels).logits.split(sizes, dim=-1)
+        return {group: part.log_softmax(-1) for group, part in zip(self.groups, logits, strict=True)}

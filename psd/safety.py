@@ -1,0 +1,193 @@
+"""Everything that is refused, before anything heavy runs; one actionable sentence per refusal.
+
+`check_request` is the single gate of form, API and command line: types, bounds and choices come from the field
+metadata of config.py, the rules between fields stand here. Loads no torch, diffusers or gradio.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import os
+import re
+import unicodedata
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float32
+from PIL import Image, ImageOps
+
+from psd.config import MAX_PROMPT_CHARS, PRESETS, RunConfig
+
+MAX_IMAGE_SIDE_PX = 4096
+MAX_IMAGE_BYTES = 10 * 2**20
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")  # nothing that reaches Pillow's rarer decoders (EPS calls Ghostscript)
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+TYPE_NAMES = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}
+
+
+class RequestError(ValueError):
+    """A request that cannot be served as it stands; the message is one sentence for the person who sent it."""
+
+
+def check_request(config: RunConfig, allow_local: bool = False) -> None:
+    """Raise RequestError on the first thing in `config` that would make the run fail or mean nothing.
+
+    `allow_local` admits a folder of this machine as prior. It is for callers who own the machine (command line,
+    Python); over the network it would let a stranger make the server read any path. Weights are not opened here:
+    the loaders report a missing or corrupted file, also as RequestError.
+    """
+    for field in dataclasses.fields(config):
+        check_field(field, getattr(config, field.name))
+    if not config.prompt.strip():
+        raise RequestError('prompt is empty: say what to draw, for example "a red mushroom with a white stem".')
+    check_name("preset", config.preset, PRESETS)
+    check_models(config, allow_local)
+    if config.t_min >= config.t_max:
+        raise RequestError(f"t_min must be below t_max, got t_min = {config.t_min} and t_max = {config.t_max}.")
+    if config.time_shift_low > config.time_shift_high:
+        raise RequestError(
+            "time_shift_low must not be above time_shift_high, "
+            f"got {config.time_shift_low} and {config.time_shift_high}."
+        )
+    if config.image_size % 64:
+        raise RequestError(
+            f"image_size must be a multiple of 64 (or 0 for the prior's own), got {config.image_size}; "
+            f"try {64 * round(config.image_size / 64) or 64}."
+        )
+
+
+def check_field(field: dataclasses.Field, value: object) -> None:
+    """Type, choices and bounds of one setting, as its own metadata states them. Raises RequestError."""
+    name, choices = field.name, field.metadata["choices"]
+    low, high = field.metadata["low"], field.metadata["high"]
+    # bool is a subclass of int, and every int is a fine float: say what is meant, not what isinstance says.
+    accepted = {"str": str, "int": int, "float": (int, float), "bool": bool}[field.type]
+    if not isinstance(value, accepted) or (isinstance(value, bool) and field.type != "bool"):
+        raise RequestError(f"{name} must be {TYPE_NAMES[field.type]}{allowed(field)}, got {shown(value)}.")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RequestError(f"{name} must be a finite number{allowed(field)}, got {value}.")
+    if low is not None and not low <= value <= high:
+        raise RequestError(f"{name} must be {TYPE_NAMES[field.type]}{allowed(field)}, got {shown(value)}.")
+    if choices:
+        check_name(name, value, choices)
+    elif isinstance(value, str):
+        check_text(name, value)
+
+
+def check_text(name: str, text: str) -> None:
+    """Length and characters of free text; tabs and line breaks pass, tokenizers read them as spaces."""
+    if len(text) > MAX_PROMPT_CHARS:
+        raise RequestError(
+            f"{name} has {len(text)} characters, at most {MAX_PROMPT_CHARS} are allowed: "
+            "shorten it (the model reads only the first few dozen words)."
+        )
+    for position, char in enumerate(text, start=1):
+        # Cc: control characters; Cs: half a surrogate pair, which neither a tokenizer nor a file can encode.
+        if unicodedata.category(char) in ("Cc", "Cs") and char not in "\t\n\r":
+            raise RequestError(
+                f"{name} has the control character U+{ord(char):04X} at position {position}: remove it."
+            )
+
+
+def check_name(field: str, name: str, known: Iterable[str]) -> None:
+    """Raise RequestError unless `name` is one of `known`, with the nearest known names first."""
+    if name not in known:
+        raise RequestError(unknown_name(field, name, known))
+
+
+def check_models(config: RunConfig, allow_local: bool) -> None:
+    """Prior and reward are names of our tables; a prior may also be a hub id or, if allowed, a folder."""
+    # In the function: the loaders below those two tables import RequestError from here.
+    from psd.priors import PRIORS
+    from psd.rewards import REWARDS
+
+    check_name("reward", config.reward, REWARDS)
+    prior, otherwise = config.prior, ", or a hub id like org/name"
+    if prior in PRIORS:
+        return
+    # diffusers prefers a folder to a hub id of the same spelling: where it exists, the name is a path.
+    exists = os.path.exists(prior)
+    if is_hub_id(prior) and not exists:
+        return
+    if not (exists or prior.startswith(("/", ".", "~")) or prior.count("/") > 1):
+        raise RequestError(unknown_name("prior", prior, PRIORS, otherwise))
+    if not allow_local:
+        raise RequestError(
+            f"prior {shown(prior)} is a path, which only the command line may use; "
+            f"choose one of {', '.join(PRIORS)}{otherwise}."
+        )
+    if not os.path.isfile(os.path.join(os.path.expanduser(prior), "model_index.json")):
+        raise RequestError(
+            f"prior {shown(prior)} is not a diffusers folder (no model_index.json in it); "
+            f"give such a folder, one of {', '.join(PRIORS)}{otherwise}."
+        )
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` is spelled like org/name of the Hugging Face hub; "toybox/..." is ours and never a hub id."""
+    spelled = len(name) <= 96 and ".." not in name and HUB_ID.fullmatch(name) is not None
+    return spelled and not name.startswith("toybox/")
+
+
+def check_image(path: str | Path) -> Float32[np.ndarray, "H W 3"]:
+    """The picture in a file as RGB in [0, 1], upright, transparency on white.
+
+    Size and format are read from the header; pixels are decoded only once those pass, so that a small file cannot
+    unfold into gigabytes. Only the first frame of an animation counts. Raises RequestError, never naming the folder.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise RequestError(f"image {path.name!r} is not a file: upload a PNG, JPEG or WebP picture.")
+    if path.stat().st_size > MAX_IMAGE_BYTES:
+        raise RequestError(
+            f"image {path.name!r} has {path.stat().st_size / 2**20:.1f} MB, at most {MAX_IMAGE_BYTES // 2**20} MB "
+            "are allowed: save it smaller."
+        )
+    try:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            width, height = image.size
+            if max(width, height) > MAX_IMAGE_SIDE_PX:
+                raise RequestError(
+                    f"image {path.name!r} is {width} x {height} pixels, at most {MAX_IMAGE_SIDE_PX} a side "
+                    "are allowed: scale it down."
+                )
+            if image.mode.startswith(("I", "F")):
+                raise RequestError(f"image {path.name!r} has more than 8 bits a channel: save it as 8-bit RGB.")
+            rgba = ImageOps.exif_transpose(image).convert("RGBA")
+    except RequestError:
+        raise
+    except Exception as error:  # a decoder meets hostile bytes here and may raise anything
+        raise RequestError(
+            f"image {path.name!r} cannot be read: upload an undamaged PNG, JPEG or WebP picture."
+        ) from error
+    white = Image.new("RGBA", rgba.size, "white")
+    return np.asarray(Image.alpha_composite(white, rgba).convert("RGB"), dtype=np.float32) / np.float32(255)
+
+
+def unknown_name(field: str, name: str, known: Iterable[str], otherwise: str = "") -> str:
+    """The sentence about a name that is not in `known`: nearest names first, then all, then what else would do."""
+    known = list(known)
+    nearest = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(nearest)}? Known" if nearest else "known"
+    return f"{field} {shown(name)} is not known; {hint}: {', '.join(known)}{otherwise}."
+
+
+def allowed(field: dataclasses.Field) -> str:
+    """What a setting may be, for the end of a sentence: " from 2 to 1000", " (one of ddim, adam)" or nothing."""
+    if field.metadata["choices"]:
+        return f" (one of {', '.join(field.metadata['choices'])})"
+    if field.metadata["low"] is not None:
+        return f" from {field.metadata['low']:g} to {field.metadata['high']:.10g}"
+    return ""
+
+
+def shown(value: object, limit: int = 60) -> str:
+    """`value` as Python writes it, cut to `limit` characters: it came from outside and may be anything."""
+    if isinstance(value, int) and value.bit_length() > 128:  # Python itself refuses to print very long ones
+        return "a whole number of more than 38 digits"
+    text = repr(value[:limit] if isinstance(value, str | bytes) else value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."

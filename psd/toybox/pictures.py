@@ -1,0 +1,76 @@
+"""README pictures: `python -m psd.toybox.pictures` writes assets/{world,samples,comparison}.png. Nothing is picked."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from psd.toybox import world
+
+ASSETS = Path(__file__).resolve().parents[2] / "assets"
+LABEL_PX = 18
+COMPARISON_SEED = 94  # held-out captions that neither the table nor the tuning uses
+
+
+def sheet(images: list[np.ndarray], labels: list[str], columns: int) -> Image.Image:
+    """Pictures of one size in rows, each with its label below."""
+    side, rows = images[0].shape[1], -(-len(images) // columns)
+    page = Image.new("RGB", (columns * side, rows * (images[0].shape[0] + LABEL_PX)), "white")
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=11)
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+        x, y = i % columns * side, i // columns * (image.shape[0] + LABEL_PX)
+        page.paste(Image.fromarray(image), (x, y))
+        while font.getlength(label) > side - 4:
+            label = label[:-2].rstrip(" .…") + "…"
+        draw.text((x + 3, y + image.shape[0] + 2), label, fill=(40, 40, 50), font=font)
+    return page
+
+
+def world_sheet() -> Image.Image:
+    """Every kind once, then scenes drawn from seed 0."""
+    rng = np.random.default_rng(0)
+    colours = list(world.COLOURS)
+    scenes = [world.Scene(world.Thing(kind, colours[5 * i % 12])) for i, kind in enumerate(world.KINDS)]
+    scenes += [world.sample_scene(rng, pairs=0.5) for _ in range(72 - len(scenes))]
+    return sheet([world.draw(s, 128, rng, 3) for s in scenes], [world.caption(s) for s in scenes], 9)
+
+
+def samples_sheet(count: int = 32) -> Image.Image:
+    """DDIM samples of held-out captions, in order: nothing is picked."""
+    from psd.run import to_uint8
+    from psd.toybox.evaluate import HELDOUT_SEED, sample
+
+    scenes = [world.sample_scene(np.random.default_rng([HELDOUT_SEED, index]), heldout=True) for index in range(count)]
+    captions = [world.caption(scene) for scene in scenes]
+    return sheet([to_uint8(image) for image in sample(captions, "cpu")], captions, 8)
+
+
+def comparison_sheet(count: int = 8) -> Image.Image:
+    """Held-out captions, seed 0: with preference guidance on top, without below."""
+    from psd import RunConfig, generate
+
+    images, captions = [], []
+    for index in range(count):
+        scene = world.sample_scene(np.random.default_rng([COMPARISON_SEED, index]), heldout=True)
+        captions.append(world.caption(scene))
+        with tempfile.TemporaryDirectory() as folder:
+            *_, last = generate(RunConfig.from_preset(prompt=captions[-1], seed=0), Path(folder))
+            arms = [np.asarray(Image.open(last.images[arm])) for arm in ("with", "without")]
+        images.append(np.concatenate(arms))
+    return sheet(images, captions, count)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    pictures = {"world": world_sheet, "samples": samples_sheet, "comparison": comparison_sheet}
+    parser.add_argument("which", nargs="*", choices=list(pictures), default=[])
+    for name in parser.parse_args().which or pictures:
+        pictures[name]().save(ASSETS / f"{name}.png", optimize=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""The public endpoints, as plain functions: /generate and /scores.
+
+Stateless: all they need comes in, all they make goes out. `/generate`'s parameters, types and documentation are made
+from RunConfig, so that a new field is a new parameter and nothing has to be kept in step by hand.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import gradio as gr
+import numpy as np
+import spaces
+import torch
+
+from psd.events import ARMS
+from psd.rewards import load_reward
+from psd.safety import RequestError, check_image, check_text
+from psd.ui.form import FIELDS, NAMES, checked, help_line
+from psd.ui.session import View, clear_errors, embedded_rewards, gpu_seconds, load_result, watch
+
+# The only parameters with a default of their own; all others default to the preset's value.
+API_DEFAULTS = {"prompt": "", "preset": FIELDS["preset"].default, "seed": 0, "compare": True}
+OUTPUT_HELP = """
+Returns:
+    preview: latest preview, the arms tiled left to right.
+    status: step, steps, seconds, ETA, warnings, metrics of the step; finished is true in the last item.
+    with_preference: the arm with preference guidance (last item only).
+    without_preference: the same seed without it, unless compare is false (last item only).
+    scores: raw scores of both arms; the target reward and the held-out judge (last item only).
+    files: both arms' PNG with all settings in their metadata, metrics.csv, run.json (last item only).
+"""
+
+
+def named(values: Sequence[Any]) -> dict[str, Any]:
+    return dict(zip(NAMES, values, strict=True))
+
+
+def duration(*values: Any) -> int:
+    """Seconds of GPU to reserve; what is wrong with the request is said elsewhere."""
+    try:
+        return gpu_seconds(checked(named(values)))
+    except RequestError:
+        return 15
+
+
+def validate(*values: Any) -> list[dict[str, Any]]:
+    """Gradio's gate before the queue: a refused request costs neither a place nor GPU seconds."""
+    settings = named(values)
+    blamed, sentence = "", ""
+    try:
+        checked(settings)
+    except RequestError as error:
+        sentence = str(error)
+        blamed = next((name for name in NAMES if sentence.startswith(name)), "prompt")
+    return [gr.validate(name != blamed, sentence if name == blamed else "") for name in NAMES]
+
+
+@spaces.GPU(duration=duration)
+def generate(*values: Any) -> Iterator[tuple]:
+    with clear_errors():
+        for view in watch(checked(named(values))):
+            yield answer(view)
+
+
+def answer(view: View) -> tuple:
+    """One item of the stream: (preview, status, with, without, scores, files)."""
+    step = view.step
+    status = {
+        "step": step.step if step else 0,
+        "steps": view.config.steps,
+        "elapsed_s": round(step.elapsed_s, 3) if step else 0.0,
+        "eta_s": round(step.eta_s, 3) if step else None,
+        "seed": view.config.seed,
+        "warnings": list(view.warnings),
+        "metrics": finite(step.metrics) if step else {},
+        "finished": view.finished,
+    }
+    preview = str(view.preview) if view.preview else None
+    if not view.finished:
+        return preview, status, None, None, None, None
+    result = load_result(view.directory)
+    status |= {"stopped": result.stopped, "config": view.config.to_dict()}
+    images = [str(result.images[arm]) if arm in result.images else None for arm in ARMS]
+    return preview, status, *images, result.scores, [str(path) for path in result.files]
+
+
+def finite(metrics: dict[str, float]) -> dict[str, float]:
+    """JSON has no NaN."""
+    return {name: value for name, value in metrics.items() if np.isfinite(value)}
+
+
+def document(function: Any) -> None:
+    """Give `function` the signature and docstring that RunConfig implies; clients and MCP read both."""
+    kinds = {"str": str, "int": int, "float": float, "bool": bool}
+    parameters, lines = [], []
+    for name, field in FIELDS.items():
+        kind = kinds[field.type] if name in API_DEFAULTS else kinds[field.type] | None
+        default = API_DEFAULTS.get(name)
+        parameters.append(
+            inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=kind)
+        )
+        lines.append(f"    {name}: {help_line(name)}")
+    function.__signature__ = inspect.Signature(parameters)
+    function.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    function.__doc__ = (
+        "Draw a prompt by preference score distillation, with and without preference guidance from the same seed.\n\n"
+        "Streams previews and numbers, then everything at once. A parameter left out takes the preset's value.\n\n"
+        "Parameters:\n" + "\n".join(lines) + "\n" + OUTPUT_HELP
+    )
+
+
+document(generate)
+document(validate)
+
+
+@spaces.GPU(duration=30)
+def scores(image: str | None, prompt: str = "") -> dict[str, float]:
+    """Score an image against a prompt with every embedded reward.
+
+    Parameters:
+        image: PNG, JPEG or WebP picture.
+        prompt: What the picture should show.
+
+    Returns:
+        Raw score by reward name, higher is better; not comparable between rewards.
+    """
+    with clear_errors():
+        if not image:
+            raise RequestError("image is missing: upload a PNG, JPEG or WebP picture.")
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise RequestError('prompt is empty: say what the picture should show, for example "a red mushroom".')
+        check_text("prompt", prompt)
+        pixels = torch.from_numpy(check_image(image)).permute(2, 0, 1)[None]
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        with torch.no_grad():
+            return {
+                name: round(float(load_reward(name, device)(pixels.to(device), [prompt])[0]), 4)
+                for name in embedded_rewards()
+            }
+
+
+def picture(**options: Any) -> gr.Image:
+    """An image upload that hands on the path unopened: `check_image` reads it with care and refuses in a sentence.
+
+    The method is replaced, not overridden: gradio writes a .pyi file beside every subclass of a component.
+    """
+    image = gr.Image(**options)
+    image.preprocess = lambda payload: payload.path if payload else None
+    return image
+
+
+def bind() -> None:
+    """Register both endpoints inside the Blocks being built, on invisible components."""
+    inputs = [_input(name) for name in NAMES]
+    outputs = [
+        gr.Image(label="preview", visible=False, type="filepath"),
+        gr.JSON(label="status", visible=False),
+        gr.Image(label="with_preference", visible=False, type="filepath"),
+        gr.Image(label="without_preference", visible=False, type="filepath"),
+        gr.JSON(label="scores", visible=False),
+        gr.File(label="files", visible=False, file_count="multiple"),
+    ]
+    # preprocess=False: a value of the wrong type reaches check_request, which names it in a sentence.
+    gr.Button(visible=False).click(
+        generate, inputs, outputs, api_name="generate", validator=validate, preprocess=False,
+        concurrency_id="device", concurrency_limit=1, show_progress="hidden",
+    )  # fmt: skip
+
+
+def _input(name: str) -> gr.components.Component:
+    field = FIELDS[name]
+    common = {"label": name, "value": API_DEFAULTS.get(name), "visible": False}
+    if isinstance(field.default, bool):
+        return gr.Checkbox(**common)
+    if isinstance(field.default, int):
+        return gr.Number(precision=0, **common)
+    if isinstance(field.default, float):
+        return gr.Number(**common)
+    return gr.Textbox(**common)

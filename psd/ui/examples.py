@@ -1,0 +1,54 @@
+"""What ships in examples/: prompts to start from, precomputed results, API recipes.
+
+    examples/prompts.json                [{"title": str, "config": {RunConfig fields that differ from the preset}}]
+    examples/index.json                  [{"slug": str, "title": str}]   absent until the results are generated
+    examples/<slug>/with.png, without.png, metrics.csv, run.json         a run's folder as `generate` writes it
+    examples/api_python.py, api_javascript.mjs, api_curl.sh
+
+Only reads; `psd.run` knows how to make a result.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from psd.config import RunConfig
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+SLUG = re.compile(r"[a-z0-9][a-z0-9-]*")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A precomputed run: shown at once, no model is touched."""
+
+    title: str
+    directory: Path
+
+    @property
+    def thumbnail(self) -> Path:
+        return self.directory / "with.png"
+
+
+def load_prompts(root: Path = EXAMPLES) -> list[dict[str, Any]]:
+    """Complete settings of every saved prompt."""
+    saved = json.loads((root / "prompts.json").read_text(encoding="utf-8"))
+    return [RunConfig.from_preset(**entry["config"]).to_dict() for entry in saved]
+
+
+def load_examples(root: Path = EXAMPLES) -> list[Example]:
+    """The precomputed results, those whose pictures are there; [] while index.json does not exist."""
+    index = root / "index.json"
+    if not index.exists():
+        return []
+    entries = json.loads(index.read_text(encoding="utf-8"))
+    found = [Example(entry["title"], root / entry["slug"]) for entry in entries if SLUG.fullmatch(entry["slug"])]
+    return [example for example in found if example.thumbnail.exists()]
+
+
+def recipe(name: str, root: Path = EXAMPLES) -> str:
+    return (root / name).read_text(encoding="utf-8")

@@ -1,0 +1,195 @@
+"""The form: one control per RunConfig field, and the ways settings get in and out of it.
+
+Controls, presets, share links and dropped files all speak `RunConfig.to_dict()`; what is allowed is
+`safety.check_request`'s business alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from psd.config import MAX_PROMPT_CHARS, PRESETS, RunConfig
+from psd.priors import PRIORS
+from psd.rewards import REWARDS
+from psd.safety import RequestError, check_name, check_request
+
+FIELDS = {field.name: field for field in dataclasses.fields(RunConfig)}
+NAMES = tuple(FIELDS)
+GROUPS = {
+    "method": "Sampling and guidance",
+    "preference": "Preference",
+    "negative": "Negative embedding",
+    "run": "Size and time",
+}
+LABELS = {
+    "gamma": "Guidance scale γ",
+    "t_max": "Noisiest t",
+    "t_min": "Cleanest t",
+    "time_shift_low": "Time shift from",
+    "time_shift_high": "Time shift to",
+    "pair": "Noise pair",
+    "update": "Update of x",
+    "lr": "Learning rate of x",
+    "weighting": "Weighting w(t)",
+    "pref_weight": "Weight of δ_pref",
+    "pref_form": "Form of δ_pref",
+    "pref_interval": "Preference every k steps",
+    "x0_from": "Ranked prediction",
+    "negative_lr": "Learning rate of n",
+    "negative_optimizer": "Optimiser of n",
+    "negative_interval": "Update n every k steps",
+    "negative_decay_steps": "Decay of n's rate (steps)",
+    "image_size": "Image size (px)",
+    "time_budget_s": "Time budget (s)",
+    "compare": "Compare with the arm without preference",
+}
+# Number fields whose whole range is worth dragging through, with the step of the handle.
+SLIDER_STEPS = {
+    "steps": 1, "gamma": 0.1, "t_max": 0.01, "t_min": 0.01, "time_shift_low": 0.01, "time_shift_high": 0.01,
+    "pref_weight": 0.05,
+}  # fmt: skip
+# A preset says how to draw; these say what, and stay as they are when another preset is chosen.
+KEPT_BY_PRESETS = ("prompt", "mode", "seed", "compare")
+MAX_SETTINGS_BYTES = 1_000_000
+
+
+def label(name: str) -> str:
+    return LABELS.get(name, name.replace("_", " ").capitalize())
+
+
+def help_line(name: str) -> str:
+    """The field's own help; over the network a prior is one of the listed names only."""
+    return "Diffusion model." if name == "prior" else FIELDS[name].metadata["help"]
+
+
+def control(name: str) -> gr.components.Component:
+    """The field's control: choices become radios, wide numbers a slider, the rest a number or a box."""
+    field = FIELDS[name]
+    common = {"label": label(name), "value": field.default, "info": field.metadata["help"], "elem_id": name}
+    low, high = field.metadata["low"], field.metadata["high"]
+    if field.metadata["choices"]:
+        return gr.Radio(list(field.metadata["choices"]), **common)
+    if isinstance(field.default, bool):
+        return gr.Checkbox(**common)
+    if name in SLIDER_STEPS:
+        return gr.Slider(low, high, step=SLIDER_STEPS[name], **common)
+    if isinstance(field.default, int):
+        return gr.Number(precision=0, **common)
+    if isinstance(field.default, float):
+        return gr.Number(**common)
+    return gr.Textbox(max_length=MAX_PROMPT_CHARS, **common)
+
+
+def checked(settings: Mapping[str, Any]) -> RunConfig:
+    """The RunConfig a front end asked for: None means the preset's value. Raises RequestError.
+
+    Narrower than `check_request` in one point: over the network a prior is a name of PRIORS, never a hub id, or
+    anybody could make the server download anything.
+    """
+    settings = {name: number(FIELDS[name], value) for name, value in settings.items() if name in FIELDS}
+    preset = settings.pop("preset", None) or FIELDS["preset"].default
+    check_name("preset", str(preset), PRESETS)
+    config = RunConfig.from_preset(str(preset), **settings)
+    check_request(config)
+    check_name("prior", config.prior, PRIORS)
+    return config
+
+
+def number(field: dataclasses.Field, value: Any) -> Any:
+    """JSON and sliders do not keep 50 and 50.0 apart; give each field the kind it declares, leave all else alone."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(field.default, int) and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(field.default, float) and isinstance(value, int) and abs(value) < 2**53:
+        return float(value)
+    return value
+
+
+def fill(settings: Mapping[str, Any]) -> list[Any]:
+    """Values for all controls in the order of NAMES; controls that `settings` does not name stay as they are."""
+    return [settings.get(name, gr.skip()) for name in NAMES]
+
+
+def fill_preset(preset: str) -> list[Any]:
+    """Values for all controls when a preset is chosen. Raises gr.Error on an unknown one."""
+    try:
+        check_name("preset", preset, PRESETS)
+    except RequestError as error:
+        raise gr.Error(str(error), print_exception=False) from error
+    settings = RunConfig.from_preset(preset).to_dict()
+    return fill({name: value for name, value in settings.items() if name not in KEPT_BY_PRESETS})
+
+
+def settings_of_query(query: Mapping[str, str]) -> dict[str, Any]:
+    """A share link's settings, complete and checked; {} when it names none. Raises RequestError."""
+    given: dict[str, Any] = {}
+    for name in NAMES:
+        if name not in query:
+            continue
+        kind = type(FIELDS[name].default)
+        try:
+            given[name] = query[name] == "true" if kind is bool else kind(query[name])
+        except ValueError as error:
+            raise RequestError(f"The link's {name} is not {'a whole ' if kind is int else 'a '}number.") from error
+    return checked(given).to_dict() if given else {}
+
+
+def settings_of_file(path: str | Path) -> dict[str, Any]:
+    """The settings inside a result: the PNG's text chunk "psd" or run.json's "config". Raises RequestError."""
+    path = Path(path)
+    try:
+        if path.suffix.lower() == ".png":
+            with Image.open(path, formats=["PNG"]) as image:
+                # Chunks before the pixels are read with the header: the image itself is never decoded.
+                text = image.info.get("psd", "")
+        elif path.stat().st_size <= MAX_SETTINGS_BYTES:
+            text = path.read_text(encoding="utf-8")
+        else:
+            text = ""
+        found = json.loads(text)
+    except (OSError, ValueError, SyntaxError, RecursionError):
+        found = None
+    if isinstance(found, dict):
+        found = found.get("config", found)
+    if not isinstance(found, dict) or not isinstance(found.get("prompt"), str):
+        raise RequestError("This file carries no settings: drop a result PNG or a run.json that this app wrote.")
+    return checked(found).to_dict()
+
+
+def copy_link_js() -> str:
+    """Client-side function of all controls: writes the share link to the clipboard and returns it.
+
+    Only what differs from the preset goes into the link, so it stays short and survives a restart of the server.
+    """
+    presets = {name: RunConfig.from_preset(name).to_dict() for name in PRESETS}
+    return (
+        "(...values) => {"
+        f"const names = {json.dumps(NAMES)}, presets = {json.dumps(presets)};"
+        "const base = presets[values[names.indexOf('preset')]] ?? {}, query = new URLSearchParams();"
+        "names.forEach((name, i) => {"
+        "  const always = ['prompt', 'preset', 'seed'].includes(name), value = values[i];"
+        "  if (value !== null && (always || value !== base[name])) query.set(name, value);"
+        "});"
+        "const link = window.location.origin + window.location.pathname + '?' + query;"
+        "navigator.clipboard?.writeText(link).catch(() => {});"
+        "return link; }"
+    )
+
+
+def model_note(prior: str, reward: str) -> str:
+    """What the chosen models are, their licence and download, to be read before anything is downloaded."""
+    notes = []
+    for name, table in ((prior, PRIORS), (reward, REWARDS)):
+        if name in table:
+            info = table[name]
+            size = f"{info.download_mb} MB to download" if info.download_mb else "included"
+            notes.append(f"**{name}** · {info.about} {info.licence}, {size}.")
+    return "\n\n".join(notes)

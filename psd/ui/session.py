@@ -1,0 +1,198 @@
+"""What a front end shows of a run: `watch` while it goes, `load_result` of a folder once it stands still.
+
+Shared by the page and the public API. Knows files, events and numbers; no components.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import logging
+import math
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import torch
+from PIL import Image
+
+from psd import files
+from psd.config import RunConfig
+from psd.events import ARMS, Finished, Preview, Started, Step
+from psd.priors import load_prior
+from psd.rewards import REWARDS, load_reward
+from psd.run import generate
+from psd.safety import RequestError
+
+log = logging.getLogger(__name__)
+
+SHOW_EVERY_S = 0.45
+KEPT_PREVIEWS = 20
+ON_ZERO_GPU = bool(os.environ.get("SPACES_ZERO_GPU"))
+# Before this process has measured a run: seconds a step of one arm, the model's loading included in LOAD_S.
+STEP_S = {"toybox": 0.06, "published": 0.4}
+LOAD_S = {"toybox": 1.0, "published": 20.0}
+SECOND_ARM = 0.6  # the arms share one batch: the second costs less than the first
+measured_step_s: dict[tuple[str, bool], float] = {}
+
+
+@dataclass(frozen=True)
+class View:
+    """A run at one moment. `rows` are the lines of metrics.csv so far."""
+
+    config: RunConfig
+    directory: Path | None = None
+    step: Step | None = None
+    preview: Path | None = None
+    rows: tuple[dict[str, float], ...] = ()
+    warnings: tuple[str, ...] = ()
+    finished: bool = False
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run's folder holds; a stopped run's folder holds less."""
+
+    directory: Path
+    settings: dict[str, Any] = field(default_factory=dict)
+    images: dict[str, Path] = field(default_factory=dict)
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)
+    rows: tuple[dict[str, float], ...] = ()
+    files: tuple[Path, ...] = ()
+    stopped: str = ""
+    seconds: float = math.nan
+
+
+def watch(config: RunConfig) -> Iterator[View]:
+    """Run and yield a View at the start, at the first preview, at 1-2 Hz and at the end; closing it cancels the run."""
+    view = View(config)
+    yield view
+    if ON_ZERO_GPU and not config.time_budget_s:
+        # The GPU is taken away when the declared time is over: stop before, with everything written.
+        config = replace(config, time_budget_s=float(gpu_seconds(config)))
+    rows: list[dict[str, float]] = []
+    shown_at = 0.0
+    with contextlib.closing(generate(config, files.output_root())) as events:
+        for event in events:
+            urgent = False
+            match event:
+                case Started():
+                    view = replace(view, config=event.config, directory=event.directory, warnings=event.warnings)
+                    urgent = True
+                case Step():
+                    rows.append({"step": event.step, **event.metrics})
+                    view = replace(view, step=event)
+                case Preview():
+                    urgent = view.preview is None
+                    view = replace(view, preview=write_preview(event, view.directory))
+                case Finished():
+                    measured_step_s[config.prior, config.compare] = event.seconds / max(event.steps_done, 1)
+                    view = replace(view, finished=True)
+                    urgent = True
+            if urgent or time.monotonic() - shown_at >= SHOW_EVERY_S:
+                shown_at = time.monotonic()
+                yield replace(view, rows=tuple(rows))
+
+
+def write_preview(preview: Preview, directory: Path) -> Path:
+    """Save the tile inside the run's folder, under a new name: a page shows an unchanged URL's old picture."""
+    folder = directory / "previews"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{preview.step:06d}.webp"
+    Image.fromarray(preview.image).save(path, quality=90, method=0)
+    for old in sorted(folder.iterdir())[:-KEPT_PREVIEWS]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def load_result(directory: Path) -> Result:
+    """Read a run's folder: images of the arms, metrics, scores and settings, as far as they are there."""
+    found = read_json(directory / "run.json")
+    images = {arm: directory / f"{arm}.png" for arm in ARMS if (directory / f"{arm}.png").exists()}
+    rows: tuple[dict[str, float], ...] = ()
+    if (directory / "metrics.csv").exists():
+        with open(directory / "metrics.csv", newline="", encoding="utf-8") as file:
+            rows = tuple({key: as_float(value) for key, value in row.items()} for row in csv.DictReader(file))
+    names = ("metrics.csv", "run.json")
+    listed = [*images.values(), *(directory / name for name in names if (directory / name).exists())]
+    return Result(
+        directory=directory,
+        settings=found.get("config", {}),
+        images=images,
+        scores=found.get("scores", {}),
+        rows=rows,
+        files=tuple(listed),
+        stopped=found.get("stopped", ""),
+        seconds=as_float(found.get("seconds")),
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def as_float(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def estimate_s(config: RunConfig) -> float:
+    """Seconds this run will take: measured on this process's last such run, else a guess."""
+    kind = "toybox" if config.prior.startswith("toybox/") else "published"
+    guess = STEP_S[kind] * (1 + SECOND_ARM * config.compare)
+    seconds = config.steps * measured_step_s.get((config.prior, config.compare), guess)
+    return min(seconds, 0.9 * config.time_budget_s) if config.time_budget_s else seconds
+
+
+def gpu_seconds(config: RunConfig) -> int:
+    """Seconds of GPU to ask for: the estimate with room for loading and slow days, between 15 and 120."""
+    kind = "toybox" if config.prior.startswith("toybox/") else "published"
+    return int(min(max(1.5 * estimate_s(config) + LOAD_S[kind] + 5, 15), 120))
+
+
+@contextlib.contextmanager
+def clear_errors() -> Iterator[None]:
+    """Turn every failure into one sentence: refusals as they are, the unexpected with an id for the log."""
+    try:
+        yield
+    except RequestError as error:
+        raise gr.Error(str(error), title="Please check the request", print_exception=False) from error
+    except gr.Error:
+        raise
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            sentence = "The device ran out of memory: choose a smaller image size or switch the comparison off."
+        else:
+            reference = secrets.token_hex(4)
+            log.exception("run failed, reference %s", reference)
+            sentence = f"The run failed on our side; try again, and quote reference {reference} if it happens twice."
+        raise gr.Error(sentence, title="The run stopped", print_exception=False) from error
+
+
+def warm() -> None:
+    """Load the default prior and every embedded reward, so that the first run need not; a failure is only logged:
+    the first run says it again, to somebody."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        load_prior(RunConfig().prior, device)
+        for name in embedded_rewards():
+            load_reward(name, device)
+    except RequestError as error:
+        log.warning("default models are not loaded: %s", error)
+
+
+def embedded_rewards() -> list[str]:
+    """Rewards whose weights ship with this repository: scoring with them downloads nothing."""
+    return [name for name, info in REWARDS.items() if not info.download_mb]

@@ -1,0 +1,51 @@
+"""What every test stands on: quiet threads, no network, no traces, and a browser that may not silently be missing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Before torch is imported anywhere, and inherited by the processes that tests start.
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+os.environ["GOMP_SPINCOUNT"] = "3000"
+os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+def in_ci() -> bool:
+    return os.environ.get("CI", "").lower() not in ("", "0", "false")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def psd_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where Gradio's cache and the app's runs go: an empty folder, set in the environment."""
+    home = tmp_path_factory.mktemp("psd-home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(home / "gradio"))
+        yield home
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """Path of the system's Chromium for Playwright's `executable_path`; without one the test is skipped."""
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        pytest.skip("no Chromium found: install it (Debian and Ubuntu: apt install chromium)")
+    return path
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item):
+    """In CI a skipped browser test is a failed one: otherwise nothing would ever notice that it does not run."""
+    report = yield
+    if report.skipped and in_ci() and item.get_closest_marker("browser"):
+        report.outcome = "failed"
+        report.longrepr = f"browser tests must run in CI, but this one was skipped: {report.longrepr}"
+    return report

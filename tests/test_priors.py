@@ -1,0 +1,334 @@
+"""The Stable Diffusion prior against diffusers' own pipeline, on tiny random models of the formats it must load."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from psd import priors
+from psd.priors import PRIORS, PriorInfo, load_prior
+from psd.safety import RequestError
+from psd.weights import Source
+
+WORDS = ("a", "red", "mushroom", "with", "white", "stem", "tall", "blue", "lamp")
+
+
+def make_tokenizer(max_length: int):
+    """A CLIP tokenizer whose merges make each of WORDS one token and anything else letters."""
+    from transformers import CLIPTokenizer
+
+    letters = "abcdefghijklmnopqrstuvwxyz,."
+    tokens, merges = [*letters, *(letter + "</w>" for letter in letters)], []
+    for word in WORDS:
+        parts = [*word[:-1], word[-1] + "</w>"]
+        while len(parts) > 1:
+            merges.append((parts[0], parts[1]))
+            parts[:2] = [parts[0] + parts[1]]
+            tokens.append(parts[0])
+    vocab = {token: i for i, token in enumerate(dict.fromkeys([*tokens, "<|startoftext|>", "<|endoftext|>"]))}
+    return CLIPTokenizer(vocab=vocab, merges=list(dict.fromkeys(merges)), model_max_length=max_length)
+
+
+def make_prior_folder(folder: Path, vae: str, prediction: str) -> Path:
+    """A diffusers Stable Diffusion folder: latents 4x4x4, images 32 px (tiny VAE) or 8 px (KL)."""
+    from diffusers import (
+        AutoencoderKL,
+        AutoencoderTiny,
+        DDIMScheduler,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer(max_length=12)
+    text_config = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=12, bos_token_id=len(tokenizer) - 2, eos_token_id=len(tokenizer) - 1,
+        pad_token_id=len(tokenizer) - 1,
+    )  # fmt: skip
+    vaes = {
+        "tiny": lambda: AutoencoderTiny(
+            encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4, scaling_factor=0.7,
+            num_encoder_blocks=(0, 1, 1, 1), num_decoder_blocks=(1, 1, 1, 0),
+        ),
+        "kl": lambda: AutoencoderKL(
+            block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, latent_channels=4,
+        ),
+    }  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=4, block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=16, norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=4,
+    )  # fmt: skip
+    scheduler = DDIMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, set_alpha_to_one=False,
+        steps_offset=1, prediction_type=prediction,
+    )  # fmt: skip
+    StableDiffusionPipeline(
+        vae=vaes[vae](), text_encoder=CLIPTextModel(text_config), tokenizer=tokenizer, unet=unet, scheduler=scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    ).save_pretrained(folder)  # fmt: skip
+    (folder / "lexicon.json").write_text(json.dumps({"words": WORDS}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Path:
+    return make_prior_folder(tmp_path_factory.mktemp("priors") / "tiny", "tiny", "epsilon")
+
+
+@pytest.fixture(scope="session")
+def kl_v_folder(tmp_path_factory) -> Path:
+    return make_prior_folder(tmp_path_factory.mktemp("priors") / "kl-v", "kl", "v_prediction")
+
+
+@pytest.mark.parametrize("folder", ["tiny_folder", "kl_v_folder"])
+def test_sampling_with_the_prior_is_diffusers_own_pipeline(folder, request):
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    folder = request.getfixturevalue(folder)
+    prior = load_prior(str(folder))
+    pipeline = StableDiffusionPipeline.from_pretrained(str(folder), safety_checker=None, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    start = torch.randn(1, *prior.latent_shape, generator=torch.Generator().manual_seed(1))
+    want = pipeline(
+        "a red mushroom, tall", negative_prompt="blue lamp", num_inference_steps=3, guidance_scale=5.0,
+        latents=start.clone(), output_type="pt",
+    ).images  # fmt: skip
+
+    prompt, negative = prior.embed(["a red mushroom, tall", "blue lamp"]).split(1)
+    # The scheduler sees eps whatever the network predicts: `eps` converts.
+    scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, prediction_type="epsilon")
+    scheduler.set_timesteps(3)
+    x = start
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            eps_y, eps_n = prior.eps(x, t, prompt), prior.eps(x, t, negative)
+            x = scheduler.step(eps_n + 5.0 * (eps_y - eps_n), t, x).prev_sample
+        got = prior.decode(x)
+    assert got.shape == (1, 3, prior.image_size, prior.image_size)
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
+
+
+def test_v_prediction_becomes_eps_by_the_closed_formula(kl_v_folder):
+    prior = load_prior(str(kl_v_folder))
+    torch.manual_seed(0)
+    x_t, cond, t = torch.randn(3, *prior.latent_shape), torch.randn(3, 12, 16), 700
+    with torch.no_grad():
+        v = prior.unet(x_t, t, encoder_hidden_states=cond).sample
+        eps = prior.eps(x_t, t, cond)
+        assert torch.equal(eps, prior.eps(x_t, torch.tensor(t), cond))
+    alpha_t, sigma_t = prior.alphas_cumprod[t].sqrt(), (1 - prior.alphas_cumprod[t]).sqrt()
+    torch.testing.assert_close(eps, alpha_t * v + sigma_t * x_t)
+    # v = alpha_t eps - sigma_t x_0 must come out again, with the x_0 that eps implies.
+    x_0 = (x_t - sigma_t * eps) / alpha_t
+    torch.testing.assert_close(alpha_t * eps - sigma_t * x_0, v, atol=1e-4, rtol=1e-4)
+
+
+def test_a_batch_of_conditions_is_each_condition_alone(tiny_folder):
+    prior = load_prior(str(tiny_folder))
+    x_t = torch.randn(2, *prior.latent_shape)
+    cond = prior.embed(["a red mushroom", "tall blue lamp"])
+    both = prior.eps(x_t, 500, cond)
+    for i in range(2):
+        torch.testing.assert_close(both[i : i + 1], prior.eps(x_t[i : i + 1], 500, cond[i : i + 1]))
+    assert not torch.allclose(both[:1], prior.eps(x_t[:1], 500, cond[1:]))
+
+
+@pytest.mark.parametrize("folder", ["tiny_folder", "kl_v_folder"])
+def test_encode_and_decode_use_images_in_0_1_and_the_scaling_factor(folder, request):
+    prior = load_prior(str(request.getfixturevalue(folder)))
+    images = torch.rand(2, 3, prior.image_size, prior.image_size)
+    encoded = prior.vae.encode(2 * images - 1)
+    raw = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+    x = prior.encode(images)
+    assert x.shape == (2, *prior.latent_shape)
+    torch.testing.assert_close(x, raw * prior.vae.config.scaling_factor)
+    decoded = prior.decode(40 * x)
+    assert decoded.min() >= 0 and decoded.max() <= 1
+    torch.testing.assert_close(decoded, (prior.vae.decode(40 * raw).sample / 2 + 0.5).clamp(0, 1))
+
+
+def test_weights_are_frozen_and_gradients_reach_the_inputs(tiny_folder):
+    prior = load_prior(str(tiny_folder))
+    for part in (prior.text_encoder, prior.vae, prior.unet):
+        assert not part.training and not any(parameter.requires_grad for parameter in part.parameters())
+    x_t = torch.randn(1, *prior.latent_shape, requires_grad=True)
+    cond = prior.embed(["a red mushroom"]).requires_grad_()
+    images = torch.rand(1, 3, prior.image_size, prior.image_size, requires_grad=True)
+    (prior.decode(prior.eps(x_t, 300, cond)).sum() + prior.encode(images).sum()).backward()
+    assert all(tensor.grad.abs().sum() > 0 for tensor in (x_t, cond, images))
+
+
+def test_truncated_counts_tokens_not_characters(tiny_folder):
+    prior = load_prior(str(tiny_folder))
+    fits, too_long = " ".join(["mushroom"] * 10), " ".join(["mushroom"] * 11)  # 12 with start and end
+    assert not prior.truncated("") and not prior.truncated(fits)
+    assert prior.truncated(too_long)
+    assert torch.equal(*prior.embed([too_long, fits]))
+
+
+def test_unknown_words_are_named_once_with_nearest_known_ones(tiny_folder, kl_v_folder):
+    prior = load_prior(str(tiny_folder))
+    assert prior.unknown_words("A RED mushroom, with (white) stem!") == []
+    assert prior.unknown_words("a mushrom-stem, Zeppelin; zeppelin") == [("mushrom", ("mushroom",)), ("zeppelin", ())]
+    assert all(len(nearest) <= 2 for _, nearest in prior.unknown_words("lam blu re whit"))
+
+
+def test_a_folder_without_lexicon_knows_no_unknown_words(tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "copy")
+    (folder / "lexicon.json").unlink()
+    assert load_prior(str(folder)).unknown_words("a zeppelin") == []
+
+
+def test_text_encoder_of_older_transformers_loads(tiny_folder, tmp_path):
+    """Published folders: names with text_model. before them and a position_ids buffer."""
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(tiny_folder, tmp_path / "older")
+    file = folder / "text_encoder" / "model.safetensors"
+    weights = {f"text_model.{name.removeprefix('text_model.')}": weight for name, weight in load_file(file).items()}
+    weights["text_model.embeddings.position_ids"] = torch.arange(12)[None]
+    save_file(weights, file, metadata={"format": "pt"})
+    prompts = ["a red mushroom"]
+    torch.testing.assert_close(load_prior(str(folder)).embed(prompts), load_prior(str(tiny_folder)).embed(prompts))
+
+
+def test_sharded_weights_load_and_a_missing_shard_is_refused(tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "sharded")
+    prior = load_prior(str(tiny_folder))
+    for part, shard in (("unet", "20KB"), ("text_encoder", "4KB")):
+        for file in (folder / part).glob("*.safetensors"):
+            file.unlink()
+        getattr(prior, part).save_pretrained(folder / part, max_shard_size=shard)
+        assert len(list((folder / part).glob("*-of-*.safetensors"))) > 1
+    x_t, cond = torch.randn(1, *prior.latent_shape), prior.embed(["a red mushroom"])
+    sharded = load_prior(str(folder))
+    torch.testing.assert_close(sharded.embed(["a red mushroom"]), cond)
+    torch.testing.assert_close(sharded.eps(x_t, 500, cond), prior.eps(x_t, 500, cond))
+
+    broken = shutil.copytree(folder, tmp_path / "broken-shards")
+    next((broken / "unet").glob("*-of-*.safetensors")).unlink()
+    with pytest.raises(RequestError, match="'broken-shards' are incomplete or damaged"):
+        load_prior(str(broken))
+
+
+def test_two_first_requests_load_once(tiny_folder, monkeypatch):
+    from psd.priors.stable_diffusion import StableDiffusionPrior
+
+    loads, load = [], StableDiffusionPrior.load
+
+    def slow_load(*arguments):
+        loads.append(arguments)
+        time.sleep(0.2)
+        return load(*arguments)
+
+    monkeypatch.setattr(StableDiffusionPrior, "load", slow_load)
+    monkeypatch.setattr(priors, "_loaded", type(priors._loaded)())
+    monkeypatch.setitem(PRIORS, "tiny", PriorInfo(Source(str(tiny_folder)), "Apache-2.0", 0, "test"))
+    got = []
+    threads = [threading.Thread(target=lambda: got.append(load_prior("tiny"))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(loads) == 1 and got[0] is got[1]
+    assert (got[0].name, got[0].licence) == ("tiny", "Apache-2.0")
+
+
+def test_loaded_models_are_bounded():
+    from psd.weights import load_once
+
+    loaded = type(priors._loaded)()
+    for key in "abcad":
+        load_once(loaded, (key,), lambda: object(), keep=2)
+    assert list(loaded) == [("a",), ("d",)]
+
+
+def test_a_loaded_model_is_not_held_up_by_another_ones_download():
+    from psd.weights import load_once
+
+    loaded, downloading, done = type(priors._loaded)(), threading.Event(), threading.Event()
+    toybox = load_once(loaded, ("toybox",), object, keep=2)
+
+    def download():
+        downloading.set()
+        assert done.wait(10)
+        return object()
+
+    thread = threading.Thread(target=load_once, args=(loaded, ("huge",), download, 2))
+    thread.start()
+    assert downloading.wait(10)
+    assert load_once(loaded, ("toybox",), object, keep=2) is toybox  # would hang
+    done.set()
+    thread.join()
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def drop_a_parameter(file: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    save_file(dict(list(load_file(file).items())[1:]), file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("unet/diffusion_pytorch_model.safetensors", Path.unlink),
+        ("unet/diffusion_pytorch_model.safetensors", cut),
+        ("unet/diffusion_pytorch_model.safetensors", drop_a_parameter),
+        ("vae/diffusion_pytorch_model.safetensors", cut),
+        ("text_encoder/model.safetensors", cut),
+        ("text_encoder/model.safetensors", drop_a_parameter),
+        ("vae/config.json", Path.unlink),
+        ("unet/config.json", cut),
+        ("scheduler/scheduler_config.json", Path.unlink),
+        ("tokenizer/tokenizer.json", Path.unlink),
+        ("tokenizer/tokenizer.json", cut),
+        ("lexicon.json", cut),
+    ],
+)
+def test_missing_or_damaged_files_are_one_sentence_without_paths(file, damage, tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "broken-model")
+    damage(folder / file)
+    with pytest.raises(RequestError) as refusal:
+        load_prior(str(folder))
+    sentence = str(refusal.value)
+    assert "'broken-model'" in sentence and str(tmp_path) not in sentence and "\n" not in sentence
+
+
+def test_missing_folders_unknown_names_and_other_predictions_are_refused(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(PRIORS, "gone", PriorInfo(Source("toybox/no-such-folder"), "", 0, ""))
+    with pytest.raises(RequestError, match="folder of 'gone' is missing"):
+        load_prior("gone")
+    with pytest.raises(RequestError, match="no prior 'nothing'"):
+        load_prior(str(tmp_path / "deep" / "nothing"))
+    folder = shutil.copytree(tiny_folder, tmp_path / "predicts-sample")
+    config = folder / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text().replace('"epsilon"', '"sample"'))
+    with pytest.raises(RequestError, match="predicts sample"):
+        load_prior(str(folder))
+
+
+def test_published_priors_are_pinned_to_a_commit():
+    for info in PRIORS.values():
+        assert info.source.is_folder or (len(info.source.revision) == 40 and info.download_mb > 0)
+
+
+def test_the_tables_import_no_heavy_library():
+    code = "import sys, psd.priors, psd.rewards; print({'torch', 'diffusers', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

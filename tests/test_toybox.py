@@ -1,0 +1,177 @@
+"""The procedural world: geometry against brute force, captions against facts, held-out combinations kept out."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.random import default_rng
+
+from psd.toybox import raster, world
+from psd.toybox.dataset import degrade, draw_example, example
+from psd.toybox.facts import GROUPS, check_facts, labels
+from psd.toybox.models import make_tokenizer
+from psd.toybox.pairs import smudge, wrong_scene
+
+RED_MUSHROOM = world.Scene(world.Thing("mushroom", "red", part_colour="white"))
+PAIR = world.Scene(world.Thing("cube", "green"), "next", world.Thing("sphere", "orange"))
+
+
+def inside(primitive: raster.Primitive, points: np.ndarray) -> np.ndarray:
+    """Whether points [n, 3] of the unit frame lie in the unit shape, by its definition."""
+    x, y, z = points.T
+    rho = np.hypot(x, y)
+    if primitive.shape == "sphere":
+        return rho**2 + z**2 <= 1
+    if primitive.shape == "dome":
+        return (rho**2 + z**2 <= 1) & (z >= 0)
+    if primitive.shape == "frustum":
+        return (np.abs(z) <= 1) & (rho <= (1 + primitive.param) / 2 + (primitive.param - 1) / 2 * z)
+    if primitive.shape == "torus":
+        return np.hypot(rho - 1, z) <= primitive.param
+    planes = raster.POLYHEDRA[primitive.shape]
+    return (points @ planes[:, :3].T <= planes[:, 3]).all(1)
+
+
+SHAPES = {"sphere": 0.0, "dome": 0.0, "frustum": 0.4, "torus": 0.3, "box": 0.0, "pyramid": 0.0, "prism": 0.0}
+
+
+@pytest.mark.parametrize(("shape", "param"), SHAPES.items())
+def test_first_hit_is_where_a_marched_ray_enters(shape: str, param: float):
+    """March each ray in small steps and ask the shape's definition; the closed form must agree."""
+    matrix = world.turn(20, 30, 40) * np.array([0.5, 0.3, 0.4])
+    primitive = raster.Primitive(shape, matrix, np.array([0.1, -0.05, 0.02]), "main", param)
+    pose = raster.camera_to_world(35, 20, 2.0)
+    axis = np.linspace(-0.3, 0.3, 24, dtype=np.float32)
+    x, y = np.meshgrid(axis, -axis)
+    directions = (np.stack([x, y, -np.ones_like(x)], -1).reshape(-1, 3) @ pose[:3, :3].T).astype(np.float32)
+    t, normal = raster._intersect(primitive, pose[:3, 3], directions)
+
+    steps = np.linspace(1.0, 3.0, 2001)
+    points = pose[:3, 3] + steps[:, None, None] * directions
+    unit = (points - primitive.centre) @ np.linalg.inv(primitive.matrix).T
+    hits = inside(primitive, unit.reshape(-1, 3)).reshape(unit.shape[:2])
+    marched = np.where(hits.any(0), steps[hits.argmax(0)], np.inf)
+    found = np.where(t < raster.FAR, t, np.inf)
+    grazing = hits.sum(0) < 20  # a ray that only touches may fall between two steps
+    agree = np.isclose(found, marched, atol=1e-2) | grazing  # sphere tracing stops 2e-3 short, more where oblique
+    assert agree.all()
+    assert hits.any(0).sum() > 50
+    seen = found < np.inf
+    assert ((normal[seen] * directions[seen]).sum(1) < 0.05).all()  # normals face the camera
+
+
+def test_camera_is_where_it_says():
+    pose = raster.camera_to_world(0.0, 0.0, 2.0)
+    np.testing.assert_allclose(pose[:3, 3], [2, 0, 0], atol=1e-6)
+    np.testing.assert_allclose(pose[:3, 2], [1, 0, 0], atol=1e-6)  # looks along -z of the camera
+    np.testing.assert_allclose(pose[:3, 1], [0, 0, 1], atol=1e-6)
+    np.testing.assert_allclose(pose[:3, 0], [0, 1, 0], atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", world.KINDS)
+def test_every_kind_fits_the_frame_in_its_colour(kind: str):
+    image = world.draw(world.Scene(world.Thing(kind, "green"))) / 255
+    background = np.abs(image - raster.BACKGROUND).max(-1) < 0.02
+    assert background[0].all() and background[-1].all() and background[:, 0].all() and background[:, -1].all()
+    assert 0.04 < 1 - background.mean() < 0.7
+    green = (image[..., 1] > image[..., 0] + 0.08) & (image[..., 1] > image[..., 2] + 0.05)
+    assert green.mean() > 0.008
+
+
+def test_the_world_is_as_rich_as_it_says():
+    assert len(world.KINDS) >= 48
+    assert len(world.COLOURS) == 12
+    assert sum(bool(kind.part) for kind in world.KINDS.values()) >= 40
+
+
+def test_views_of_a_surface_agree():
+    """Shading depends on the surface alone: the same point has the same colour from two cameras."""
+    surface = raster.Surface(world._normalised("sphere")[0], np.array([0.8, 0.2, 0.2], np.float32), metal=True)
+    normal = np.array([[0.6, 0.0, 0.8]], np.float32)
+    assert np.array_equal(raster._shade(normal, 0.5 * normal, surface), raster._shade(normal, 0.5 * normal, surface))
+    left, right = (raster.render([surface], raster.camera_to_world(a, 15, 2), 64) for a in (40, 50))
+    assert np.abs(left[10:54, 32].mean(0) - right[10:54, 32].mean(0)).max() < 12
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_training_never_shows_a_held_out_combination(seed: int):
+    scenes = [example(seed, index)[0].scene for index in range(300)]
+    assert not any(world.is_heldout_scene(scene) for scene in scenes)
+    heldout = [example(seed, index, heldout=True)[0].scene for index in range(100)]
+    assert all(world.is_heldout_scene(scene) for scene in heldout)
+
+
+def test_one_colour_of_every_kind_is_held_out():
+    for kind in world.KINDS:
+        assert sum(world.is_heldout(kind, colour) for colour in world.COLOURS) == 1
+
+
+def test_an_example_is_a_pure_function_of_seed_and_index():
+    assert example(1, 7)[0] == example(1, 7)[0]
+    assert np.array_equal(draw_example(1, 7), draw_example(1, 7))
+    assert not np.array_equal(draw_example(1, 7), draw_example(2, 7))
+
+
+def test_captions():
+    assert world.caption(RED_MUSHROOM) == "a red mushroom with a white stem"
+    assert world.caption(PAIR) == "a green cube next to an orange sphere"
+    tall = world.Scene(world.Thing("lamp", "blue", "yellow", "tall", "metal"))
+    assert world.caption(tall) == "a tall metal blue lamp with a yellow base"
+
+
+def test_captions_speak_the_lexicon_and_every_word_is_one_token():
+    tokenizer = make_tokenizer()
+    lexicon = set(world.lexicon())
+    rng = default_rng(0)
+    longest = 0
+    for _ in range(500):
+        text = world.caption(world.sample_scene(rng), rng)
+        assert set(world.words(text)) <= lexicon, text
+        longest = max(longest, len(tokenizer(text).input_ids))
+    assert longest <= tokenizer.model_max_length
+    assert all(len(tokenizer.tokenize(word)) == 1 for word in lexicon)
+
+
+def test_facts():
+    assert RED_MUSHROOM.facts() == ("kind_a=mushroom", "colour_a=red", "part_colour=white")
+    assert PAIR.facts() == ("relation=next", "kind_a=cube", "colour_a=green", "kind_b=sphere", "colour_b=orange")
+
+
+def seen(scene: world.Scene) -> dict[str, str]:
+    return {group: values[label] for (group, values), label in zip(GROUPS.items(), labels(scene), strict=True)}
+
+
+def test_a_scene_shows_its_own_facts():
+    rng = default_rng(1)
+    for _ in range(200):
+        scene = world.sample_scene(rng)
+        assert all(check_facts(scene, seen(scene)).values())
+
+
+def test_a_wrong_scene_breaks_a_fact():
+    rng = default_rng(2)
+    for _ in range(300):
+        scene = world.sample_scene(rng)
+        assert not all(check_facts(wrong_scene(scene, rng), seen(scene)).values()), scene
+
+
+def test_next_to_has_no_order_and_on_top_of_has():
+    def swapped(scene: world.Scene) -> world.Scene:
+        return world.Scene(scene.second, scene.relation, scene.first)
+
+    assert all(check_facts(swapped(PAIR), seen(PAIR)).values())
+    stacked = world.Scene(PAIR.first, "on", world.Thing("barrel", "red"))
+    assert not all(check_facts(swapped(stacked), seen(stacked)).values())
+
+
+@pytest.mark.parametrize("quality", world.QUALITY)
+def test_flaws_show(quality: str):
+    image = world.draw(RED_MUSHROOM)
+    worse = degrade(image, quality, default_rng(0))
+    assert worse.shape == image.shape and worse.dtype == np.uint8
+    assert np.abs(worse.astype(int) - image).mean() > 1
+
+
+def test_smudges_show():
+    image = world.draw(RED_MUSHROOM)
+    assert (smudge(image, default_rng(0)) != image).any(-1).mean() >= 0.03
