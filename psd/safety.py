@@ -88,9 +88,7 @@ def check_text(name: str, text: str) -> None:
     for position, char in enumerate(text, start=1):
         # Cc: control characters; Cs: half a surrogate pair, which neither a tokenizer nor a file can encode.
         if unicodedata.category(char) in ("Cc", "Cs") and char not in "\t\n\r":
-            raise RequestError(
-                f"{name} has the control character U+{ord(char):04X} at position {position}: remove it."
-            )
+            raise RequestError(f"{name} has the control character U+{ord(char):04X} at position {position}: remove it.")
 
 
 def check_name(field: str, name: str, known: Iterable[str]) -> None:

@@ -17,7 +17,7 @@ from psd.rewards import load_attributes, load_reward
 from psd.toybox import world
 from psd.toybox.dataset import Renders
 from psd.toybox.facts import check_facts, read_facts
-from psd.toybox.pairs import clean_examples, ranked_batch, to_pixels
+from psd.toybox.pairs import broken_latents, clean_examples, ranked_batch, to_pixels
 
 HELDOUT_SEED = 90  # data seed of the held-out renders; training uses 1, 2 and 3
 BARS = {
@@ -95,16 +95,22 @@ def sample(captions: list[str], device: str, steps: int = 30, gamma: float = 3.0
 def pair_accuracy(name: str, renders: Renders, device: str, batches: int = 6) -> dict[str, float]:
     """Share of held-out pairs that a reward ranks right: wrong captions, and worse images under the same caption."""
     reward, judge = load_reward(name, device), name.endswith("judge")
+    prior = load_prior("toybox/sd", device)
     clean, right = clean_examples(renders), {"wrong caption": [], "worse image": []}
+    sound = []  # beside the bar's pairs: does a broken picture score below the good one?
     for batch in range(batches):
-        pairs = ranked_batch(torch.device(device), renders, clean, np.random.default_rng([91, batch]), 64, judge)
+        rng = np.random.default_rng([91, batch])
+        pairs = ranked_batch(torch.device(device), renders, clean, rng, 64, judge)
         own = reward(pairs.pixels, pairs.captions)
         right["wrong caption"].append(own > reward(pairs.pixels, pairs.wrong_captions))
         half = len(pairs.worse)
         right["worse image"].append(own[:half] > reward(pairs.worse, pairs.captions[:half]))
+        broken = prior.decode(broken_latents(prior.encode(pairs.pixels), rng)).clamp(0, 1)
+        sound.append(own > reward(broken, pairs.captions))
     label = name.split("/")[1]
     shares = {f"{label}, {kind} (%)": 100 * torch.cat(oks).float().mean().item() for kind, oks in right.items()}
     everything = torch.cat([ok for oks in right.values() for ok in oks])
+    shares[f"{label}, broken picture (%)"] = 100 * torch.cat(sound).float().mean().item()
     return {f"{label}, pairs right (%)": 100 * everything.float().mean().item()} | shares
 
 

@@ -92,6 +92,23 @@ def worse_image(image: np.ndarray, rng: np.random.Generator, judge: bool) -> np.
     return degrade(image, str(rng.choice(world.QUALITY)), rng)
 
 
+def broken_latents(latents: Tensor, rng: np.random.Generator) -> Tensor:
+    """Latents [B, C, h, w] of pictures that went wrong, as failed optimisations leave them (the judge's third kind).
+
+    Each is pushed by noise of one random scale of blotches, blended with another picture, or blown up in contrast.
+    """
+    count, channels, height, width = latents.shape
+    cells = int(2 ** rng.integers(0, 5))
+    noise = torch.from_numpy(rng.standard_normal((count, channels, min(cells, height), min(cells, width))))
+    noise = F.interpolate(noise.float(), (height, width), mode="bicubic").to(latents)
+    noise = noise / noise.std((1, 2, 3), keepdim=True).clamp(min=1e-3)
+    strength, blend, gain = (
+        torch.from_numpy(values).to(latents).view(-1, 1, 1, 1)
+        for values in (rng.uniform(0.2, 2.5, count), rng.uniform(0, 0.6, count), rng.uniform(1, 2.5, count))
+    )
+    return gain * ((1 - blend) * latents + blend * latents.roll(1, 0) + strength * noise)
+
+
 @dataclass
 class Ranked:
     """A batch of comparisons: the image under its own caption, under a wrong one, and a worse image under its own."""

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from psd.toybox import models, world
 from psd.toybox.dataset import Renders
 from psd.toybox.facts import GROUPS, labels
-from psd.toybox.pairs import clean_examples, normalise, ranked_batch, to_pixels
+from psd.toybox.pairs import broken_latents, clean_examples, normalise, ranked_batch, to_pixels
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets" / "toybox"
 CHECKPOINT_EVERY_S = 240
@@ -41,7 +41,7 @@ STAGES: dict[str, tuple[int, int, float, int]] = {
     "judge":      ( 2400,  64, 6.0e-4, 2),
     "sd":         (12000,  64, 8.0e-4, 1),
 }  # fmt: skip
-IMAGES = {1: 57344, 2: 16384, 3: 57344}  # data seed -> how many renders
+IMAGES = {1: 49152, 2: 16384, 3: 32768}  # data seed -> how many renders
 
 
 @dataclass
@@ -220,7 +220,10 @@ def train_attributes(bench: Bench, renders: Renders) -> nn.Module:
     def loss_of(step: int, batch: int) -> Tensor:
         rng = np.random.default_rng([103, step])
         index = rng.integers(renders.count, size=batch)
-        pixels = normalise(augment(to_pixels(renders.images(index), bench.device), rng))
+        pixels = to_pixels(renders.images(index), bench.device)
+        if rng.random() < 0.5:
+            pixels = pixels.flip(-1)  # no fact of the world tells left from right
+        pixels = normalise(augment(pixels, rng))
         with bench.autocast():
             logits = model(pixels).logits
         return group_loss(logits, targets[index])
@@ -273,8 +276,12 @@ def train_preference(bench: Bench, tokenizer, text_encoder, renders: Renders) ->
     return run_stage(bench, "preference", module, loss_of, save, {"preference": model}, average=0.998)["model"]
 
 
-def train_judge(bench: Bench, tokenizer, renders: Renders) -> nn.Module:
-    """ImageReward's recipe on other data and other corruptions than the preference model's."""
+def train_judge(bench: Bench, tokenizer, vae, renders: Renders) -> nn.Module:
+    """ImageReward's recipe on other data and other corruptions than the preference model's.
+
+    A quarter of each batch is also shown broken (pairs.broken_latents): a judge that has only ever ranked pictures
+    answers anything at all for what an optimiser leaves when it goes wrong, and that is what it is there to catch.
+    """
     judge = models.Judge(tokenizer)
     width = judge.vision.config.hidden_size
     module = nn.ModuleDict({"judge": judge, "heads": nn.Linear(width, sum(map(len, GROUPS.values())))}).to(bench.device)
@@ -283,21 +290,25 @@ def train_judge(bench: Bench, tokenizer, renders: Renders) -> nn.Module:
     def loss_of(step: int, batch: int) -> Tensor:
         rng = np.random.default_rng([105, step])
         pairs = ranked_batch(bench.device, renders, clean, rng, batch, judge=True)
-        pixels = normalise(augment(torch.cat([pairs.pixels, pairs.worse]), rng))
+        half, quarter = batch // 2, batch // 4
+        with torch.no_grad(), bench.autocast():
+            latents = vae.encode(pairs.pixels[:quarter] * 2 - 1).latents.float()
+            broken = vae.decode(broken_latents(latents, rng)).sample.float().clamp(-1, 1) / 2 + 0.5
+        pixels = normalise(augment(torch.cat([pairs.pixels, pairs.worse, broken]), rng))
         others = [pairs.captions[(i + 1) % batch] for i in range(batch)]
-        half = batch // 2
-        captions = pairs.captions + pairs.wrong_captions + others + pairs.captions[:half]
+        captions = pairs.captions + pairs.wrong_captions + others + pairs.captions[:half] + pairs.captions[:quarter]
         ids, mask = tokens(tokenizer, captions, bench.device)
         with bench.autocast():
             vision = judge.vision(pixels)
             seen = vision.last_hidden_state
             facts = module["heads"](vision.pooler_output[:batch])
             scores = judge.score(torch.cat([seen[:batch]] * 3 + [seen[batch:]]), ids, mask).float()
-        own, wrong, other, worse = scores.split([batch, batch, batch, half])
+        own, wrong, other, worse, broken = scores.split([batch, batch, batch, half, quarter])
         rank = (
             F.softplus(wrong - own).mean()
             + 0.5 * F.softplus(other - own).mean()
             + F.softplus(worse - own[:half]).mean()
+            + 0.5 * F.softplus(broken - own[:quarter]).mean()
         )
         return rank + 1e-3 * own.square().mean() + group_loss(facts, pairs.target)
 
@@ -397,14 +408,14 @@ def main() -> None:
     tokenizer = models.make_tokenizer()
     data = bench.renders(1)
     text_encoder = train_text(bench, tokenizer)
-    if "vae" in args.stages or "sd" in args.stages:
+    if {"vae", "judge", "sd"} & set(args.stages):
         vae = train_vae(bench, data).requires_grad_(False)
     if "attributes" in args.stages:
         train_attributes(bench, bench.renders(3))
     if "preference" in args.stages:
         train_preference(bench, tokenizer, text_encoder, data)
     if "judge" in args.stages:
-        train_judge(bench, tokenizer, bench.renders(2))
+        train_judge(bench, tokenizer, vae, bench.renders(2))
     if "sd" in args.stages:
         train_sd(bench, tokenizer, text_encoder, vae, data)
 
