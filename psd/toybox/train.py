@@ -39,7 +39,7 @@ STAGES: dict[str, tuple[int, int, float, int]] = {
     "attributes": ( 5000,  64, 2.0e-3, 3),
     "preference": ( 1200,  64, 6.0e-4, 1),
     "judge":      ( 2400,  64, 6.0e-4, 2),
-    "sd":         (12000,  64, 8.0e-4, 1),
+    "sd":         (24000,  32, 6.0e-4, 1),
 }  # fmt: skip
 IMAGES = {1: 49152, 2: 16384, 3: 32768}  # data seed -> how many renders
 
@@ -279,7 +279,7 @@ def train_preference(bench: Bench, tokenizer, text_encoder, renders: Renders) ->
 def train_judge(bench: Bench, tokenizer, vae, renders: Renders) -> nn.Module:
     """ImageReward's recipe on other data and other corruptions than the preference model's.
 
-    A quarter of each batch is also shown broken (pairs.broken_latents): a judge that has only ever ranked pictures
+    An eighth of each batch is also shown broken (pairs.broken_latents): a judge that has only ever ranked pictures
     answers anything at all for what an optimiser leaves when it goes wrong, and that is what it is there to catch.
     """
     judge = models.Judge(tokenizer)
@@ -290,25 +290,25 @@ def train_judge(bench: Bench, tokenizer, vae, renders: Renders) -> nn.Module:
     def loss_of(step: int, batch: int) -> Tensor:
         rng = np.random.default_rng([105, step])
         pairs = ranked_batch(bench.device, renders, clean, rng, batch, judge=True)
-        half, quarter = batch // 2, batch // 4
+        half, eighth = batch // 2, batch // 8
         with torch.no_grad(), bench.autocast():
-            latents = vae.encode(pairs.pixels[:quarter] * 2 - 1).latents.float()
+            latents = vae.encode(pairs.pixels[:eighth] * 2 - 1).latents.float()
             broken = vae.decode(broken_latents(latents, rng)).sample.float().clamp(-1, 1) / 2 + 0.5
         pixels = normalise(augment(torch.cat([pairs.pixels, pairs.worse, broken]), rng))
         others = [pairs.captions[(i + 1) % batch] for i in range(batch)]
-        captions = pairs.captions + pairs.wrong_captions + others + pairs.captions[:half] + pairs.captions[:quarter]
+        captions = pairs.captions + pairs.wrong_captions + others + pairs.captions[:half] + pairs.captions[:eighth]
         ids, mask = tokens(tokenizer, captions, bench.device)
         with bench.autocast():
             vision = judge.vision(pixels)
             seen = vision.last_hidden_state
             facts = module["heads"](vision.pooler_output[:batch])
             scores = judge.score(torch.cat([seen[:batch]] * 3 + [seen[batch:]]), ids, mask).float()
-        own, wrong, other, worse, broken = scores.split([batch, batch, batch, half, quarter])
+        own, wrong, other, worse, broken = scores.split([batch, batch, batch, half, eighth])
         rank = (
             F.softplus(wrong - own).mean()
             + 0.5 * F.softplus(other - own).mean()
             + F.softplus(worse - own[:half]).mean()
-            + 0.5 * F.softplus(broken - own[:quarter]).mean()
+            + 0.5 * F.softplus(broken - own[:eighth]).mean()
         )
         return rank + 1e-3 * own.square().mean() + group_loss(facts, pairs.target)
 
