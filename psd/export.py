@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 from PIL import Image, PngImagePlugin
+from torch import Tensor
 
 PNG_KEY = "psd"  # text chunk that holds the settings; dropping the file on the app restores them
 
@@ -20,7 +22,7 @@ def export_png(path: Path, image: np.ndarray, settings: dict[str, Any]) -> None:
     info.add_itxt(PNG_KEY, json.dumps(settings, ensure_ascii=False))
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG", pnginfo=info)
-    _write(path, buffer.getvalue())
+    write_file(path, buffer.getvalue())
 
 
 def export_metrics(path: Path, rows: list[dict[str, float]]) -> None:
@@ -30,14 +32,20 @@ def export_metrics(path: Path, rows: list[dict[str, float]]) -> None:
     writer = csv.DictWriter(buffer, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows({name: f"{value:.6g}" for name, value in row.items()} for row in rows)
-    _write(path, buffer.getvalue().encode())
+    write_file(path, buffer.getvalue().encode())
 
 
 def export_json(path: Path, content: dict[str, Any]) -> None:
-    _write(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    write_file(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def _write(path: Path, data: bytes) -> None:
+def to_uint8(image: Float[Tensor, "3 H W"]) -> np.ndarray:
+    """[H, W, 3] bytes of an image in [0, 1]."""
+    return (image.permute(1, 2, 0) * 255).round().byte().cpu().numpy()
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """All of the file or none of it."""
     partial = path.with_name(path.name + ".partial")
     partial.write_bytes(data)
     partial.rename(path)

@@ -1,0 +1,398 @@
+"""Radiance fields, density and colour at points of a box, and the backgrounds behind them.
+
+Two fields of one interface: VoxelField, a dense grid that optimises in seconds on a CPU, and HashField, the hash grid
+with two small networks of threestudio's `implicit-volume` that MVDream's configuration uses. Colours have no view
+direction. Points are world coordinates. Nothing here knows of rays: those are cameras.py's, integration render.py's.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise, product
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+CORNERS = tuple((x, y, z) for z, y, x in product((0, 1), repeat=3))  # of a cell, x fastest
+
+
+class Field(nn.Module):
+    """density(x) = softplus(raw(x) + bias(x)), zero outside the box of half-width `radius`; rgb(x) = sigmoid(features).
+
+    bias(x) = scale * (1 - |x| / std), (scale, std) = `density_bias`: a ball to start from (threestudio: blob_magic3d).
+    A field gives its raw values (`raw_features`, `raw_density`) and the gradient of the raw density (`raw_slope`).
+    """
+
+    def __init__(self, radius: float, density_bias: tuple[float, float]):
+        super().__init__()
+        self.radius, self.density_bias = radius, density_bias
+
+    def forward(self, x: Float[Tensor, "N 3"]) -> tuple[Float[Tensor, " N"], Float[Tensor, "N 3"]]:
+        """Density and rgb in [0, 1]."""
+        raw, features = self.raw_features(x)
+        return self._activated(raw, x), torch.sigmoid(features)
+
+    def density(self, x: Float[Tensor, "N 3"]) -> Float[Tensor, " N"]:
+        """Density alone, for less than `forward` costs."""
+        return self._activated(self.raw_density(x), x)
+
+    def normals(self, x: Float[Tensor, "N 3"]) -> Float[Tensor, "N 3"]:
+        """Unit normals -grad density / |grad density|, differentiable in the field's parameters; zero where grad is.
+
+        softplus rises, so the gradient of raw + bias has the direction of the density's, also where the density itself
+        has all but vanished. It is written out (`raw_slope`) and not taken by autograd: the orientation loss then needs
+        no second derivatives, and pictures need no graph. x is taken as a constant.
+        """
+        x = x.detach()
+        scale, std = self.density_bias
+        slope = self.raw_slope(x) - (scale / std) * F.normalize(x, dim=-1)
+        return -F.normalize(slope, dim=-1)
+
+    def _activated(self, raw: Float[Tensor, " N"], x: Float[Tensor, "N 3"]) -> Float[Tensor, " N"]:
+        scale, std = self.density_bias
+        columns = x.T.contiguous()  # sums over rows of three are slow, and so is vector_norm over columns
+        bias = scale - (scale / std) * columns.square().sum(0).sqrt()
+        return F.softplus(raw + bias) * (columns.abs().amax(0) <= self.radius)
+
+    def raw_features(self, x: Float[Tensor, "N 3"]) -> tuple[Float[Tensor, " N"], Float[Tensor, "N 3"]]:
+        """Raw density and colour, before bias and activation."""
+        raise NotImplementedError
+
+    def raw_density(self, x: Float[Tensor, "N 3"]) -> Float[Tensor, " N"]:
+        raise NotImplementedError
+
+    def raw_slope(self, x: Float[Tensor, "N 3"]) -> Float[Tensor, "N 3"]:
+        """d raw density / d x, differentiable in the parameters."""
+        raise NotImplementedError
+
+    def parameter_groups(self) -> list[dict]:
+        """For an optimiser: parameters and their learning rates."""
+        raise NotImplementedError
+
+
+class VoxelField(Field):
+    """Trilinear interpolation of a grid [1, 4, R, R, R]: raw density and raw rgb; axes z, y, x; corners on the box's.
+
+    A fresh grid is zero: the grey ball of the density bias. Differentiable in the grid, not in the points: `forward`
+    raises RuntimeError for points that require a gradient.
+    """
+
+    def __init__(
+        self,
+        resolution: int = 48,
+        radius: float = 1.0,
+        density_bias: tuple[float, float] = (10.0, 0.5),
+        learning_rate: float = 0.05,
+    ):
+        super().__init__(radius, density_bias)
+        self.resolution, self.learning_rate = resolution, learning_rate
+        self.voxels = nn.Parameter(torch.zeros(1, 4, resolution, resolution, resolution))
+
+    def raw_features(self, x: Float[Tensor, "N 3"]) -> tuple[Float[Tensor, " N"], Float[Tensor, "N 3"]]:
+        table = self.voxels.view(4, -1).T.contiguous()
+        index, fraction = self._cells(x)
+        raw = Interpolation.apply(table, index, corner_weights(fraction)).T.contiguous()
+        return raw[0], raw[1:].T
+
+    def raw_density(self, x: Float[Tensor, "N 3"]) -> Float[Tensor, " N"]:
+        grid = (x / self.radius).view(1, 1, 1, -1, 3)
+        return F.grid_sample(self.voxels[:, :1], grid, padding_mode="border", align_corners=True).view(-1)
+
+    def raw_slope(self, x: Float[Tensor, "N 3"]) -> Float[Tensor, "N 3"]:
+        table = self.voxels[0, 0].reshape(-1, 1)
+        index, fraction = self._cells(x)
+        slopes = [Interpolation.apply(table, index, corner_weights(fraction, axis)) for axis in range(3)]
+        return torch.cat(slopes, -1) * ((self.resolution - 1) / (2 * self.radius))
+
+    def parameter_groups(self) -> list[dict]:
+        return [{"params": [self.voxels], "lr": self.learning_rate}]
+
+    def total_variation(self) -> Float[Tensor, ""]:
+        """Smoothness: mean squared slope of the raw values (bias left out) per unit of length, over all channels."""
+        across = (self.resolution - 1) / (2 * self.radius)
+        return sum(self.voxels.diff(dim=axis).square().mean() for axis in (2, 3, 4)) * across**2
+
+    def upsampled(self, resolution: int) -> VoxelField:
+        """The same function on a finer grid (to the letter where resolution - 1 is a multiple of this one's)."""
+        finer = VoxelField(resolution, self.radius, self.density_bias, self.learning_rate).to(self.voxels.device)
+        with torch.no_grad():
+            finer.voxels.copy_(F.interpolate(self.voxels, size=(resolution,) * 3, mode="trilinear", align_corners=True))
+        return finer
+
+    def _cells(self, x: Float[Tensor, "N 3"]) -> tuple[Int[Tensor, "N 8"], Float[Tensor, "3 N"]]:
+        """Rows of the flat grid at the corners of each point's cell, and the point's place in the cell."""
+        size = self.resolution
+        u = ((x.T.contiguous() + self.radius) * ((size - 1) / (2 * self.radius))).clamp_(0, size - 1)
+        cell = u.to(torch.int32).clamp_(max=size - 2)
+        first = (cell[2] * size + cell[1]) * size + cell[0]
+        index = first.new_empty(len(x), 8)
+        for column, (i, j, k) in enumerate(CORNERS):
+            torch.add(first, (k * size + j) * size + i, out=index[:, column])
+        return index, u - cell
+
+
+class Interpolation(torch.autograd.Function):
+    """rows[n] = sum_k weight[n, k] * table[index[n, k]], differentiable in the table only.
+
+    Instead of F.grid_sample, whose backward pass also forms the points' gradient that nothing here needs: on one CPU
+    core forward and backward together take 0.6 of its time.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, table: Float[Tensor, "V C"], index: Int[Tensor, "N 8"], weight: Float[Tensor, "N 8"]
+    ) -> Float[Tensor, "N C"]:
+        ctx.save_for_backward(index, weight)
+        ctx.rows = len(table)
+        return weighted_rows(table, index, weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Float[Tensor, "N C"]) -> tuple[Float[Tensor, "V C"], None, None]:
+        index, weight = ctx.saved_tensors
+        table_gradient = gradient.new_zeros(gradient.shape[1], ctx.rows).T
+        add_weighted_rows(table_gradient, index, weight, gradient)
+        return table_gradient, None, None
+
+
+def weighted_rows(
+    table: Float[Tensor, "V C"], index: Int[Tensor, "N 8"], weight: Float[Tensor, "N 8"]
+) -> Float[Tensor, "N C"]:
+    """sum_k weight[:, k] * table[index[:, k]] without forming [N, 8, C]."""
+    return F.embedding_bag(index, table, mode="sum", per_sample_weights=weight)
+
+
+def add_weighted_rows(
+    table: Float[Tensor, "V C"], index: Int[Tensor, "N 8"], weight: Float[Tensor, "N 8"], rows: Float[Tensor, "N C"]
+) -> None:
+    """The transpose: add weight[n, k] * rows[n] to table[index[n, k]], in place. One channel at a time: index_add_ of
+    single numbers is several times faster on a CPU than of short rows."""
+    index = index.view(-1)
+    for channel in range(table.shape[1]):
+        table[:, channel].index_add_(0, index, (weight * rows[:, channel, None]).view(-1))
+
+
+def corner_weights(fraction: Float[Tensor, "3 N"], slope: int | None = None) -> Float[Tensor, "N 8"]:
+    """Trilinear weights of a cell's CORNERS at `fraction` of it, or their derivatives along the axis `slope`."""
+    sides = [(1 - f, f) for f in fraction]
+    if slope is not None:
+        one = torch.ones_like(fraction[0])
+        sides[slope] = (-one, one)
+    weight = fraction.new_empty(fraction.shape[1], 8)
+    for k, j in product((0, 1), repeat=2):
+        across = sides[2][k] * sides[1][j]
+        for i in (0, 1):
+            torch.mul(across, sides[0][i], out=weight[:, 4 * k + 2 * j + i])
+    return weight
+
+
+class HashField(Field):
+    """Multi-resolution hash grid; a network of one hidden layer without biases for raw density, another for raw rgb.
+
+    Defaults are MVDream's configuration (threestudio's `implicit-volume`). float32.
+    """
+
+    def __init__(
+        self,
+        levels: int = 16,
+        log2_size: int = 19,
+        base_resolution: int = 16,
+        growth: float = 1.447269237440378,
+        hidden: int = 64,
+        radius: float = 1.0,
+        density_bias: tuple[float, float] = (10.0, 0.5),
+    ):
+        super().__init__(radius, density_bias)
+        self.encoding = HashGrid(levels, log2_size, base_resolution, growth)
+        self.density_network = network(self.encoding.width, hidden, 1)
+        self.feature_network = network(self.encoding.width, hidden, 3)
+
+    def raw_features(self, x: Float[Tensor, "N 3"]) -> tuple[Float[Tensor, " N"], Float[Tensor, "N 3"]]:
+        encoded = self.encoding(self._unit(x))
+        return self.density_network(encoded)[:, 0], self.feature_network(encoded)
+
+    def raw_density(self, x: Float[Tensor, "N 3"]) -> Float[Tensor, " N"]:
+        return self.density_network(self.encoding(self._unit(x)))[:, 0]
+
+    def raw_slope(self, x: Float[Tensor, "N 3"]) -> Float[Tensor, "N 3"]:
+        """The chain rule through the network, one row of its Jacobian: (W_2 * [W_1 e > 0]) W_1, then the encoding."""
+        first, _, last = self.density_network
+        u = self._unit(x)
+        active = (first(self.encoding(u)) > 0).to(x.dtype)
+        return self.encoding.slope(u, (active * last.weight) @ first.weight) / (2 * self.radius)
+
+    def parameter_groups(self) -> list[dict]:
+        networks = [*self.density_network.parameters(), *self.feature_network.parameters()]
+        return [{"params": list(self.encoding.parameters()), "lr": 0.01}, {"params": networks, "lr": 0.001}]
+
+    def _unit(self, x: Float[Tensor, "N 3"]) -> Float[Tensor, "N 3"]:
+        return (x + self.radius) / (2 * self.radius)
+
+
+def network(width: int, hidden: int, out: int, layers: int = 1) -> nn.Sequential:
+    """width -> hidden (`layers` times) -> out, ReLU between, no biases."""
+    sizes = [width] + [hidden] * layers
+    modules = [m for i, o in pairwise(sizes) for m in (nn.Linear(i, o, bias=False), nn.ReLU())]
+    return nn.Sequential(*modules, nn.Linear(hidden, out, bias=False))
+
+
+class HashGrid(nn.Module):
+    """Multi-resolution hash encoding of the unit cube (Mueller et al. 2022), number for number as in tiny-cuda-nn.
+
+    Level l has scale_l = base * growth^l - 1 and resolution_l = ceil(scale_l) + 1 vertices an axis; a point is at
+    p = scale_l * u + 1/2 (rounded once), between the vertices floor(p) and floor(p) + 1. Vertex (i, j, k) reads row
+    i + j * resolution + k * resolution^2 where the level's vertices fit into 2^log2_size rows (their number is filled
+    up to a multiple of 8), else the low bits of i ^ j * 2654435761 ^ k * 805459861. Beyond the last vertex (because of
+    the half, and outside of the cube) rows wrap around. The code is 2 features a level, level by level.
+    Source: tiny-cuda-nn's encodings/grid.h.
+    """
+
+    features = 2
+
+    def __init__(self, levels: int, log2_size: int, base_resolution: int, growth: float):
+        super().__init__()
+        # float32 throughout, as there: one bit of the finest scale moves the encoding there by up to 2e-4.
+        growth_log2 = torch.log2(torch.tensor(growth, dtype=torch.float32))
+        scales = torch.exp2(torch.arange(levels) * growth_log2) * base_resolution - 1
+        self.scales = scales.tolist()
+        self.resolutions = [math.ceil(scale) + 1 for scale in self.scales]
+        self.sizes = [min(-(-(resolution**3) // 8) * 8, 2**log2_size) for resolution in self.resolutions]
+        self.width = levels * self.features
+        self.table = nn.Parameter(torch.empty(sum(self.sizes), self.features).uniform_(-1e-4, 1e-4))
+
+    def forward(self, u: Float[Tensor, "N 3"]) -> Float[Tensor, "N width"]:
+        return HashEncoding.apply(u, self.table, self)
+
+    def slope(self, u: Float[Tensor, "N 3"], v: Float[Tensor, "N width"]) -> Float[Tensor, "N 3"]:
+        """d <v, encoded(u)> / du, differentiable in v and the table, not in u."""
+        return HashSlope.apply(u, v, self.table, self)
+
+    def cells(self, level: int, u: Float[Tensor, "N 3"]) -> tuple[Int[Tensor, "N 8"], Float[Tensor, "3 N"]]:
+        """Rows, in the level's part of the table, of the corners of each point's cell, and the point's place in it."""
+        p = (u.T.double() * self.scales[level] + 0.5).to(u.dtype)  # a fused multiply-add
+        low = p.floor()
+        corners = torch.tensor(CORNERS, device=u.device).T
+        return self.rows(level, low.long()[:, :, None] + corners[:, None]), p - low
+
+    def rows(self, level: int, vertex: Int[Tensor, "3 *shape"]) -> Int[Tensor, "*shape"]:
+        """Row of a vertex within the level's part of the table."""
+        resolution, size = self.resolutions[level], self.sizes[level]
+        if resolution**3 <= size:
+            row = vertex[0] + vertex[1] * resolution + vertex[2] * resolution**2
+            return (row & 0xFFFFFFFF) % size  # unsigned, as there
+        return (vertex[0] ^ vertex[1] * 2654435761 ^ vertex[2] * 805459861) & (size - 1)
+
+
+class HashEncoding(torch.autograd.Function):
+    """HashGrid's forward pass, differentiable in points and table. Keeps the points alone and hashes twice: indices and
+    weights of 16 levels would take 1.5 KB a point."""
+
+    @staticmethod
+    def forward(ctx, u: Float[Tensor, "N 3"], table: Float[Tensor, "V 2"], grid: HashGrid) -> Float[Tensor, "N width"]:
+        ctx.save_for_backward(u, table)
+        ctx.grid = grid
+        parts = []
+        for level, rows in enumerate(table.split(grid.sizes)):
+            index, fraction = grid.cells(level, u)
+            parts.append(weighted_rows(rows, index, corner_weights(fraction)))
+        return torch.cat(parts, -1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx, gradient: Float[Tensor, "N width"]
+    ) -> tuple[Float[Tensor, "N 3"] | None, Float[Tensor, "V 2"] | None, None]:
+        u, table = ctx.saved_tensors
+        grid = ctx.grid
+        table_gradient = None
+        if ctx.needs_input_grad[1]:
+            table_gradient = torch.zeros_like(table)
+            for level, rows in enumerate(table_gradient.split(grid.sizes)):
+                index, fraction = grid.cells(level, u)
+                v = gradient[:, 2 * level : 2 * level + 2]
+                add_weighted_rows(rows, index, corner_weights(fraction), v)
+        return slope_of(grid, u, gradient, table) if ctx.needs_input_grad[0] else None, table_gradient, None
+
+
+class HashSlope(torch.autograd.Function):
+    """HashGrid.slope: at given points bilinear in v and the table."""
+
+    @staticmethod
+    def forward(
+        ctx, u: Float[Tensor, "N 3"], v: Float[Tensor, "N width"], table: Float[Tensor, "V 2"], grid: HashGrid
+    ) -> Float[Tensor, "N 3"]:
+        ctx.save_for_backward(u, v, table)
+        ctx.grid = grid
+        return slope_of(grid, u, v, table)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx, gradient: Float[Tensor, "N 3"]
+    ) -> tuple[None, Float[Tensor, "N width"], Float[Tensor, "V 2"], None]:
+        """Of sum_a gradient[:, a] * slope[:, a]: the corner weights are the derivatives along `gradient`."""
+        u, v, table = ctx.saved_tensors
+        grid = ctx.grid
+        table_gradient, v_parts = torch.zeros_like(table), []
+        for level, (rows, gradient_rows) in enumerate(zip(table.split(grid.sizes), table_gradient.split(grid.sizes))):
+            index, fraction = grid.cells(level, u)
+            along = sum(gradient[:, axis, None] * corner_weights(fraction, axis) for axis in range(3))
+            along = along * grid.scales[level]
+            v_parts.append(weighted_rows(rows, index, along))
+            add_weighted_rows(gradient_rows, index, along, v[:, 2 * level : 2 * level + 2])
+        return None, torch.cat(v_parts, -1), table_gradient, None
+
+
+def slope_of(
+    grid: HashGrid, u: Float[Tensor, "N 3"], v: Float[Tensor, "N width"], table: Float[Tensor, "V 2"]
+) -> Float[Tensor, "N 3"]:
+    slope = torch.zeros_like(u)
+    for level, rows in enumerate(table.split(grid.sizes)):
+        index, fraction = grid.cells(level, u)
+        for axis in range(3):
+            encoded_slope = weighted_rows(rows, index, corner_weights(fraction, axis))
+            slope[:, axis] += grid.scales[level] * (encoded_slope * v[:, 2 * level : 2 * level + 2]).sum(-1)
+    return slope
+
+
+class ConstantBackground(nn.Module):
+    """One learned colour whatever the direction."""
+
+    def __init__(self, rgb: tuple[float, float, float] = (0.5, 0.5, 0.5), learning_rate: float = 0.01):
+        super().__init__()
+        self.logits = nn.Parameter(torch.tensor(rgb).logit())
+        self.learning_rate = learning_rate
+
+    def forward(self, directions: Float[Tensor, "*shape 3"]) -> Float[Tensor, "*shape 3"]:
+        return torch.sigmoid(self.logits).expand_as(directions)
+
+    def parameter_groups(self) -> list[dict]:
+        return [{"params": [self.logits], "lr": self.learning_rate}]
+
+
+class DirectionalBackground(nn.Module):
+    """sigmoid of a network (two hidden layers of 16) of spherical harmonics: threestudio's neural environment map."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = network(9, 16, 3, layers=2)
+
+    def forward(self, directions: Float[Tensor, "*shape 3"]) -> Float[Tensor, "*shape 3"]:
+        """rgb in [0, 1] for unit directions."""
+        return torch.sigmoid(self.network(spherical_harmonics(directions)))
+
+    def parameter_groups(self) -> list[dict]:
+        return [{"params": list(self.network.parameters()), "lr": 0.001}]
+
+
+def spherical_harmonics(directions: Float[Tensor, "*shape 3"]) -> Float[Tensor, "*shape 9"]:
+    """Real orthonormal harmonics of bands 0 to 2 at unit directions: tiny-cuda-nn's "degree 3", its order and signs."""
+    x, y, z = directions.unbind(-1)
+    band_0 = torch.full_like(x, math.sqrt(1 / (4 * math.pi)))
+    c_1, c_2 = math.sqrt(3 / (4 * math.pi)), math.sqrt(15 / (4 * math.pi))
+    band_1 = (-c_1 * y, c_1 * z, -c_1 * x)
+    zonal, sectoral = (3 * z * z - 1) * (c_2 / math.sqrt(12)), (x * x - y * y) * (c_2 / 2)
+    band_2 = (c_2 * x * y, -c_2 * y * z, zonal, -c_2 * x * z, sectoral)
+    return torch.stack([band_0, *band_1, *band_2], -1)
