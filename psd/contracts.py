@@ -11,7 +11,10 @@ from torch import Tensor
 
 @runtime_checkable
 class Prior(Protocol):
-    """A latent diffusion model: x are latents, images are RGB in [0, 1]. Weights are frozen."""
+    """A latent diffusion model: x are latents, images are RGB in [0, 1]. Weights are frozen.
+
+    A multi-view prior takes `cameras`, one row a view (psd.scene.cameras.camera_embedding), rows ordered (group, view).
+    """
 
     latent_shape: tuple[int, int, int]
     alphas_cumprod: Float[Tensor, " T"]
@@ -24,7 +27,11 @@ class Prior(Protocol):
     def decode(self, x: Float[Tensor, "B C h w"]) -> Float[Tensor, "B 3 H W"]: ...
 
     def eps(
-        self, x_t: Float[Tensor, "B C h w"], t: int | Int[Tensor, ""], cond: Float[Tensor, "B L D"]
+        self,
+        x_t: Float[Tensor, "B C h w"],
+        t: int | Int[Tensor, ""],
+        cond: Float[Tensor, "B L D"],
+        cameras: Float[Tensor, "B 16"] | None = None,
     ) -> Float[Tensor, "B C h w"]: ...
 
 

