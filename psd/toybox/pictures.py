@@ -41,7 +41,7 @@ def world_sheet() -> Image.Image:
 
 def samples_sheet(count: int = 32) -> Image.Image:
     """DDIM samples of held-out captions, in order: nothing is picked."""
-    from psd.run import to_uint8
+    from psd.export import to_uint8
     from psd.toybox.evaluate import HELDOUT_SEED, sample
 
     scenes = [world.sample_scene(np.random.default_rng([HELDOUT_SEED, index]), heldout=True) for index in range(count)]

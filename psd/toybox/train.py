@@ -367,6 +367,7 @@ def train_sd(bench: Bench, tokenizer, text_encoder, vae, renders: Renders) -> nn
         t = (
             ((torch.arange(batch) + torch.rand(batch, generator=generator)) / batch * len(alphas))
             .long()
+            .clamp(max=len(alphas) - 1)  # rounded to float32 the last share may reach 1
             .to(bench.device)
         )
         abar = alphas[t].view(-1, 1, 1, 1)

@@ -1,0 +1,226 @@
+"""Train the multi-view toybox: `python -m psd.toybox.train_mvdream`. Resumable, the same on CPU and GPU.
+
+Stages, in order, each skipped once done:
+mvdream  the prior of four views at once, from the UNet of toybox/sd; assets/toybox/mvdream
+views    a classifier of single views from all sides, to measure that prior by; assets/toybox/views
+As psd.toybox.train does, it keeps data and checkpoints in a work folder, writes the weights to assets/toybox at every
+checkpoint, and splits every batch over the processes of torchrun.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from psd.priors import load_prior
+from psd.priors.mvdream import predict, start_from
+from psd.priors.stable_diffusion import StableDiffusionPrior
+from psd.scene.cameras import camera_embedding, sample_cameras
+from psd.toybox import models, train
+from psd.toybox.dataset import Example, example
+from psd.toybox.facts import labels
+from psd.toybox.pairs import normalise, to_pixels
+from psd.toybox.train import NULL_CAPTION_SHARE, STAGES, Bench, augment, encode_all, group_loss, run_stage
+from psd.toybox.views import AZIMUTHS, TOYBOX_RIG, VIEW_GROUPS, VIEWS, Groups, azimuth_target, shows_azimuth
+
+# As in psd.toybox.train: steps, batch (groups of views; single views), peak learning rate, data seed.
+STAGES |= {
+    "mvdream":    ( 3000,  12, 4.0e-4, 4),
+    "views":      ( 3000,  64, 2.0e-3, 5),
+}  # fmt: skip
+GROUPS_DRAWN = {4: 12288, 5: 6144}  # data seed -> how many groups
+SINGLE_SHARE = 0.3  # of a step's images: pictures without a camera, as MVDream mixes them, with this share of the loss
+SINGLES_SEED = 1  # their data seed: what toybox/sd was trained on
+CAMERA_GAIN, CAMERA_STD = 4.0, 0.5  # of the camera embedding at the start, see `open_camera`
+AZIMUTH_WEIGHT = 0.25  # of the azimuth beside the mean of the eight facts
+
+
+def train_mvdream(bench: Bench) -> nn.Module:
+    """MVDream's recipe: predict eps of four views of one object, each told its camera, beside single pictures."""
+    base = load_prior("toybox/sd", str(bench.device))
+    unet = start_from(base.unet).float().to(memory_format=torch.channels_last)
+    open_camera(unet)
+    seed = STAGES["mvdream"][3]
+    groups = rank_0_first(lambda: Groups(bench.work, seed, GROUPS_DRAWN[seed], encode=encoder(bench, base)))
+    cameras = camera_embedding(torch.from_numpy(groups.poses).flatten(0, 1)).unflatten(0, (-1, VIEWS)).to(bench.device)
+    latents, examples = rank_0_first(lambda: single_pictures(bench, base))
+
+    def part_loss(x_0: Tensor, shown: list[Example], camera: Tensor | None, rng, generator) -> Tensor:
+        """Of `shown` scenes with one t and one caption each: their views in a row, or a single picture each."""
+        views = len(x_0) // len(shown)
+        captions = ["" if rng.random() < NULL_CAPTION_SHARE else drawn.caption(rng) for drawn in shown]
+        t = stratified_timesteps(len(shown), len(base.alphas_cumprod), generator).repeat_interleave(views)
+        noise = torch.randn(x_0.shape, generator=generator)
+        x_0, t, noise = x_0.to(bench.device).float(), t.to(bench.device), noise.to(bench.device)
+        abar = base.alphas_cumprod[t].view(-1, 1, 1, 1)
+        x_t = (abar.sqrt() * x_0 + (1 - abar).sqrt() * noise).contiguous(memory_format=torch.channels_last)
+        cond = base.embed(captions).repeat_interleave(views, 0)
+        with bench.autocast():
+            eps = predict(unet, x_t, t, cond, camera, views).float()
+        return ((eps - noise).square().mean((1, 2, 3)) * loss_weight((abar / (1 - abar)).flatten())).mean()
+
+    def loss_of(step: int, batch: int) -> Tensor:
+        rng, generator = np.random.default_rng([108, step]), torch.Generator().manual_seed(step)
+        index = rng.integers(groups.count, size=batch)
+        x_0, shown = torch.from_numpy(groups.take(index)).flatten(0, 1), [groups.groups[i].example for i in index]
+        together = part_loss(x_0, shown, cameras[index].flatten(0, 1), rng, generator)
+        index = rng.integers(len(latents), size=max(1, round(batch * VIEWS * SINGLE_SHARE / (1 - SINGLE_SHARE))))
+        alone = part_loss(latents[index], [examples[i] for i in index], None, rng, generator)
+        return (1 - SINGLE_SHARE) * together + SINGLE_SHARE * alone
+
+    def save(best) -> None:
+        save_mvdream(train.ASSETS / "mvdream", best)
+
+    return run_stage(bench, "mvdream", unet, loss_of, save, {"mvdream/unet": unet}, average=0.999)
+
+
+@torch.no_grad()
+def open_camera(unet: nn.Module) -> None:
+    """Let the camera be heard from the first step: the zero start that keeps a large prior intact learns it late.
+
+    The embedding of the rig's cameras gets mean 0 and CAMERA_STD times the spread that the time embedding has over t.
+    CAMERA_GAIN makes its first layer bend: as usually drawn, the embedding is linear in the cameras' sines and cosines,
+    and front and back, opposite in it, can hardly share what they have in common.
+    """
+    generator = torch.Generator().manual_seed(110)
+    first, last = unet.class_embedding.linear_1, unet.class_embedding.linear_2
+    first.weight.copy_(CAMERA_GAIN * torch.rand(first.weight.shape, generator=generator).mul(2).sub(1) / 4)
+    first.bias.zero_()
+    last.weight.copy_(torch.randn(last.weight.shape, generator=generator))
+    last.bias.zero_()
+    times = unet.time_embedding(unet.time_proj(torch.arange(0, 1000, 10, device=unet.device)))
+    cameras = sample_cameras(TOYBOX_RIG, VIEWS, generator, groups=64).to(unet.device)
+    drawn = unet.class_embedding(camera_embedding(cameras.c2w))
+    last.weight.mul_(CAMERA_STD * times.std(0).mean() / drawn.std(0).mean())
+    last.bias.sub_(unet.class_embedding(camera_embedding(cameras.c2w)).mean(0))
+
+
+def stratified_timesteps(count: int, steps: int, generator: torch.Generator) -> Int[Tensor, " count"]:
+    """One t from each of `count` equal shares of the schedule."""
+    u = (torch.arange(count) + torch.rand(count, generator=generator)) / count
+    return (u * steps).long().clamp(max=steps - 1)  # u may be rounded to 1
+
+
+def loss_weight(snr: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """Of the squared error of eps-hat: min-SNR-5, times 1 / sqrt(SNR) where the SNR is below 1.
+
+    The camera decides what is drawn while there is little but noise, where the error of eps-hat barely shows it:
+    min-SNR leaves 0.004 of it at t = 950 and 0.033 at t = 600, this weight 0.04 and 0.07.
+    """
+    return snr.clamp(max=5.0) / snr / snr.clamp(max=1.0).sqrt()
+
+
+def encoder(bench: Bench, prior: StableDiffusionPrior) -> Callable[[np.ndarray], np.ndarray]:
+    """uint8 images [n, V, S, S, 3] -> float16 latents [n, V, C, h, w]."""
+
+    @torch.no_grad()
+    def encode(images: np.ndarray) -> np.ndarray:
+        with bench.autocast():
+            x = prior.encode(to_pixels(images.reshape(-1, *images.shape[2:]), bench.device))
+        return x.half().cpu().numpy().reshape(*images.shape[:2], *x.shape[1:])
+
+    return encode
+
+
+def single_pictures(bench: Bench, prior: StableDiffusionPrior) -> tuple[Float[Tensor, "N C h w"], list[Example]]:
+    """toybox/sd's own training latents; encoded here where the work folder has none."""
+    file = bench.work / f"latents-{SINGLES_SEED}.pt"
+    if not file.exists():
+        encode_all(bench, prior.vae, bench.renders(SINGLES_SEED))
+    latents = torch.load(file, weights_only=True)
+    return latents, [example(SINGLES_SEED, index)[0] for index in range(len(latents))]
+
+
+def rank_0_first(make: Callable):
+    """make() in the first process, then, with its files there, in the others."""
+    waits = dist.is_initialized()
+    if waits and dist.get_rank() > 0:
+        dist.barrier()
+    made = make()
+    if waits and dist.get_rank() == 0:
+        dist.barrier()
+    return made
+
+
+def save_mvdream(folder: Path, unet: nn.Module) -> None:
+    """A diffusers folder of the UNet alone: model_index.json names the folder whose other parts go with it."""
+    import diffusers
+
+    models.clear_weights(folder / "unet")
+    copy.deepcopy(unet).half().save_pretrained(folder / "unet", max_shard_size=models.SHARD_SIZE)
+    index = {
+        "_class_name": "MVDreamPipeline", "_diffusers_version": diffusers.__version__, "base": "../sd",
+        "unet": ["diffusers", "UNet2DConditionModel"],
+    }  # fmt: skip
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def train_views(bench: Bench) -> nn.Module:
+    """The facts and, of kinds that show it, the azimuth; no mirrored pictures: they would be seen from elsewhere."""
+    seed = STAGES["views"][3]
+    groups = rank_0_first(lambda: Groups(bench.work, seed, GROUPS_DRAWN[seed]))
+    scenes = [drawn.example.scene for drawn in groups.groups]
+    facts = torch.from_numpy(np.stack([labels(scene) for scene in scenes])).to(bench.device)
+    shows = torch.tensor([shows_azimuth(scene) for scene in scenes], device=bench.device)
+    azimuths = torch.tensor([drawn.azimuth_deg for drawn in groups.groups], device=bench.device)
+    model = models.make_attributes(VIEW_GROUPS).to(bench.device, memory_format=torch.channels_last)
+
+    def loss_of(step: int, batch: int) -> Tensor:
+        rng = np.random.default_rng([109, step])
+        index, view = rng.integers(groups.count, size=batch), rng.integers(VIEWS, size=batch)
+        pixels = to_pixels(groups.take(index)[np.arange(batch), view], bench.device)
+        with bench.autocast():
+            logits = model(normalise(augment(pixels, rng))).logits
+        stated, seen_from = logits.float().tensor_split([-len(AZIMUTHS)], 1)
+        wrong = F.cross_entropy(seen_from, azimuth_target(azimuths[index, view]), reduction="none")
+        azimuth = (wrong * shows[index]).sum() / shows[index].sum().clamp(min=1)
+        return group_loss(stated, facts[index]) + AZIMUTH_WEIGHT * azimuth
+
+    def save(best) -> None:
+        models.save_attributes(train.ASSETS / "views", best)
+
+    return run_stage(bench, "views", model, loss_of, save, {"views": model}, average=0.995)
+
+
+TRAINERS = {"mvdream": train_mvdream, "views": train_views}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path(".toybox"), help="renders and checkpoints (2 GB)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--stages", nargs="*", choices=list(TRAINERS), default=[], help="which to run; none named: all")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
+    parser.add_argument("--warm", action="store_true", help="go on from the weights in assets/toybox")
+    parser.add_argument("--steps-scale", type=float, default=1.0, help="multiplies every stage's number of steps")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if "RANK" in os.environ:
+        # A patient one: the first process may be drawing for an hour.
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=timedelta(hours=6))
+        if args.device == "cuda":
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(args.device)
+    stages = tuple(args.stages or TRAINERS)
+    bench = Bench(torch.device(args.device), args.work, args.steps_scale, stages, args.warm)
+    for stage in stages:
+        TRAINERS[stage](bench)
+
+
+if __name__ == "__main__":
+    main()
