@@ -25,6 +25,7 @@ GROUPS = {
     "method": "score distillation",
     "preference": "preference guidance",
     "negative": "negative embedding",
+    "object": "object (3D)",
     "run": "size and time",
 }
 

@@ -17,8 +17,9 @@ from torch import Tensor
 from psd import guidance
 from psd.config import RunConfig
 from psd.contracts import Prior, Reward
-from psd.methods import METHODS, Guided, Predictions, Score, pick
-from psd.negative import NegativeEmbedding, reward_through_negative
+from psd.lockstep import eps_of_arms, update_negative
+from psd.methods import METHODS, Guided, Predictions, Score
+from psd.negative import NegativeEmbedding
 from psd.schedule import NoiseSchedule, descending_timesteps, shift_timestep
 
 
@@ -100,7 +101,7 @@ def distil_image(
     # Start: x_c = x0_hat of pure noise at the largest t, k = eps~ there; the same for every arm of equal gamma.
     t = timesteps[0]
     x_t = sample_noise()
-    eps_y, eps_n = _eps(prior, t, x_t[None], y, n_0)
+    eps_y, eps_n = eps_of_arms(prior, t, {"": x_t[None]}, y, {"": n_0})[""]
     states: dict[str, Arm] = {}
     for name, config in arms.items():
         eps_cfg = guidance.cfg(eps_y[0], eps_n[0], config.gamma)
@@ -117,7 +118,7 @@ def distil_image(
         # Noise the pair (eq. 11) of every arm; one batched forward.
         noises = {name: arm.noises(step, fresh) for name, arm in states.items()}
         noisy = {name: alpha_t * states[name].x_c + sigma_t * noise for name, noise in noises.items()}
-        predicted = _eps_of_arms(prior, t, noisy, y, {name: arm.negative.value for name, arm in states.items()})
+        predicted = eps_of_arms(prior, t, noisy, y, {name: arm.negative.value for name, arm in states.items()})
 
         terms, drift = {}, {}
         for name, arm in states.items():
@@ -126,49 +127,7 @@ def distil_image(
             arm.update(guided, alpha_t, sigma_t)
             terms[name] = guided.terms
             if step % (arm.config.pref_interval * arm.config.negative_interval) == 0:
-                _update_negative(prior, score, arm, p, guided, t, step)
+                update_negative(prior, score, arm.negative, p, guided, arm.config.gamma, t, step)
             if arm.negative.lr_0:
                 drift[name] = arm.negative.drift
         yield ImageStep(step + 2, t, {name: arm.x_c for name, arm in states.items()}, terms, drift)
-
-
-def _eps(prior: Prior, t: int, x_t: Float[Tensor, "N B C h w"], y: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
-    return _eps_of_arms(prior, t, {"": x_t}, y, {"": n})[""]
-
-
-@torch.no_grad()
-def _eps_of_arms(
-    prior: Prior,
-    t: int,
-    x_t: dict[str, Float[Tensor, "N B C h w"]],
-    y: Float[Tensor, "B L D"],
-    n: dict[str, Float[Tensor, "B L D"]],
-) -> dict[str, tuple[Float[Tensor, "N B C h w"], Float[Tensor, "N B C h w"]]]:
-    """(eps_y, eps_n) of every arm, all in one forward."""
-    rows, conditions = [], []
-    for name, x in x_t.items():
-        for cond in (y, n[name]):
-            rows.append(x.flatten(0, 1))
-            conditions.append(cond.repeat(len(x), 1, 1))
-    eps = iter(prior.eps(torch.cat(rows), t, torch.cat(conditions)).split([len(row) for row in rows]))
-    answers = {}
-    for name, x in x_t.items():
-        eps_y = next(eps).view_as(x)
-        eps_n = next(eps).view_as(x)
-        answers[name] = (eps_y, eps_n)
-    return answers
-
-
-def _update_negative(prior: Prior, score: Score, arm: Arm, p: Predictions, guided: Guided, t: int, step: int) -> None:
-    """One ascent step of n (eq. 13) at the winner; nothing is computed where its rate is zero."""
-    if arm.negative.lr(step) == 0:
-        return
-    x_t, eps_y = pick(p.x_t, guided.winner), pick(p.eps_y, guided.winner)
-
-    def objective(n: Float[Tensor, "B L D"]) -> Float[Tensor, ""]:
-        return len(x_t) * reward_through_negative(
-            n, x_t, eps_y, p.alpha_t, p.sigma_t, arm.config.gamma,
-            eps=lambda x, cond: prior.eps(x, t, cond), reward=lambda x_0: score(x_0[None])[0],
-        )  # fmt: skip
-
-    arm.negative.update(objective, step)

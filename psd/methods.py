@@ -64,7 +64,8 @@ def psd(p: Predictions, config: RunConfig, score: Score) -> Guided:
 
     # Rank the pair by its one-step predictions (Sec. 3.1), in fp32; ties go to the first noise.
     eps_cfg = guidance.cfg(p.eps_y, p.eps_n, config.gamma)
-    x0 = guidance.x0_hat(p.x_t, eps_cfg if config.x0_from == "cfg" else p.eps_y, p.alpha_t, p.sigma_t)
+    ranked = guidance.rescale(p.x_t, eps_cfg, p.eps_y, p.alpha_t, p.sigma_t, config.rescale)
+    x0 = guidance.x0_hat(p.x_t, ranked if config.x0_from == "cfg" else p.eps_y, p.alpha_t, p.sigma_t)
     reward_1, reward_2 = score(x0).float()
     winner = (reward_2 > reward_1).long()
     loser = 1 - winner
@@ -93,12 +94,16 @@ def psd(p: Predictions, config: RunConfig, score: Score) -> Guided:
 
 def _distil(p: Predictions, config: RunConfig, index: Int[Tensor, " B"]) -> Guided:
     """eq. 12 without delta_pref, each sample at the noise of its index: w_t * (delta_gen + gamma * delta_cls)."""
-    noise, eps_y, eps_n = (pick(stack, index) for stack in (p.noise, p.eps_y, p.eps_n))
+    x_t, noise, eps_y, eps_n = (pick(stack, index) for stack in (p.x_t, p.noise, p.eps_y, p.eps_n))
     delta_gen = guidance.delta_gen(eps_n, noise)
     gamma_delta_cls = config.gamma * guidance.delta_cls(eps_y, eps_n)
     w_t = guidance.w_t(p.alpha_t, p.sigma_t, config.weighting)
     terms = {"delta_gen": guidance.norm(delta_gen), "delta_cls": guidance.norm(gamma_delta_cls)}
-    return Guided(w_t * (delta_gen + gamma_delta_cls), index, guidance.cfg(eps_y, eps_n, config.gamma), terms)
+    eps_cfg = guidance.cfg(eps_y, eps_n, config.gamma)
+    g = w_t * (delta_gen + gamma_delta_cls)
+    if config.rescale:
+        g = g + w_t * (guidance.rescale(x_t, eps_cfg, eps_y, p.alpha_t, p.sigma_t, config.rescale) - eps_cfg)
+    return Guided(g, index, eps_cfg, terms)
 
 
 @dataclass(frozen=True)

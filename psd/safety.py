@@ -23,6 +23,7 @@ from psd.config import MAX_PROMPT_CHARS, PRESETS, RunConfig
 
 MAX_IMAGE_SIDE_PX = 4096
 MAX_IMAGE_BYTES = 10 * 2**20
+MAX_IMAGE_STEPS = 1000  # of the noise schedule: more would repeat timesteps
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")  # nothing that reaches Pillow's rarer decoders (EPS calls Ghostscript)
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -46,6 +47,7 @@ def check_request(config: RunConfig, allow_local: bool = False) -> None:
         raise RequestError('prompt is empty: say what to draw, for example "a red mushroom with a white stem".')
     check_name("preset", config.preset, PRESETS)
     check_models(config, allow_local)
+    check_mode(config)
     if config.t_min >= config.t_max:
         raise RequestError(f"t_min must be below t_max, got t_min = {config.t_min} and t_max = {config.t_max}.")
     if config.time_shift_low > config.time_shift_high:
@@ -122,6 +124,26 @@ def check_models(config: RunConfig, allow_local: bool) -> None:
         raise RequestError(
             f"prior {shown(prior)} is not a diffusers folder (no model_index.json in it); "
             f"give such a folder, one of {', '.join(PRIORS)}{otherwise}."
+        )
+
+
+def check_mode(config: RunConfig) -> None:
+    """An object needs a prior that sees several views at once; an image is drawn in its timesteps, not more."""
+    from psd.priors import PRIORS, prior_info
+
+    if config.mode == "3d" and prior_info(config.prior).views == 1:
+        suited = ", ".join(name for name, info in PRIORS.items() if info.views > 1)
+        raise RequestError(
+            f"prior {shown(config.prior)} draws single pictures: "
+            f"for mode 3d choose {suited} or a local multi-view folder."
+        )
+    if config.mode == "image" and config.steps > MAX_IMAGE_STEPS:
+        raise RequestError(
+            f"steps must be a whole number from 2 to {MAX_IMAGE_STEPS} in mode image, got {config.steps}."
+        )
+    if config.render_size_end and config.render_size_end < config.render_size:
+        raise RequestError(
+            f"render_size_end must be 0 or at least render_size = {config.render_size}, got {config.render_size_end}."
         )
 
 

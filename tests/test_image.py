@@ -37,7 +37,7 @@ class ExactPrior:
     def decode(self, x: Tensor) -> Tensor:
         return x
 
-    def eps(self, x_t: Tensor, t: int, cond: Tensor) -> Tensor:
+    def eps(self, x_t: Tensor, t: int, cond: Tensor, cameras: Tensor | None = None) -> Tensor:
         (self.gradient_rows if torch.is_grad_enabled() else self.plain_rows).append(len(x_t))
         schedule = NoiseSchedule(self.alphas_cumprod)
         mu = cond.mean((1, 2))[:, None, None, None]

@@ -294,9 +294,12 @@ def test_sds_gradient_of_threestudio(case: str):
         )
 
 
-@pytest.mark.parametrize(("case", "weighting"), [("sds_no_recon", "sds"), ("recon_rescale0", "recon")])
+@pytest.mark.parametrize(
+    ("case", "weighting"),
+    [("sds_no_recon", "sds"), *((f"recon_rescale{share}", "recon") for share in ("0", "05", "1"))],
+)
 def test_sds_gradient_of_mvdream(case: str, weighting: str):
-    """Its reconstruction loss without rescale, x_c - x0_hat, is score distillation with w = sigma/alpha."""
+    """Its reconstruction loss, x_c - x0_hat, is score distillation with w = sigma/alpha, rescaled or not."""
     fixture, settings = golden("mvdream_recon", case)
     abar = fixture["alphas_cumprod"][settings["t"]]
     alpha_t, sigma_t = abar.sqrt(), (1 - abar).sqrt()
@@ -306,8 +309,9 @@ def test_sds_gradient_of_mvdream(case: str, weighting: str):
     p = Predictions(
         *(x[None] for x in (x_t, fixture["noise"], fixture["eps_text"], fixture["eps_uncond"])), alpha_t, sigma_t
     )
-    guided = sds(p, RunConfig(gamma=settings["guidance_scale"], weighting=weighting), never_score)
-    assert_same_gradient(guided.g / views, fixture["dL_dlatents"], 1e-5)
+    rescale = settings.get("recon_std_rescale", 0.0)
+    config = RunConfig(gamma=settings["guidance_scale"], weighting=weighting, rescale=rescale)
+    assert_same_gradient(sds(p, config, never_score).g / views, fixture["dL_dlatents"], 1e-4 if rescale else 1e-5)
 
 
 @pytest.mark.parametrize("case", ["beta0_all_dpo", "beta0_tie", "imagereward_scale_scores", "two_objects"])

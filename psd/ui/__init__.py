@@ -14,7 +14,8 @@ from typing import Any
 import gradio as gr
 import spaces
 
-from psd.config import MAX_SEED, PRESETS, RunConfig
+from psd.config import MAX_SEED, PRESETS, RunConfig, presets_of
+from psd.events import ARMS
 from psd.priors import PRIORS
 from psd.rewards import REWARDS
 from psd.safety import RequestError
@@ -38,13 +39,30 @@ from psd.ui.form import (
 from psd.ui.session import ON_ZERO_GPU, Result, View, clear_errors, estimate_s, gpu_seconds, load_result, watch
 
 MAX_HISTORY = 12
-STOP_PATIENCE_S = 3.0
+STOP_PATIENCE_S = 20.0  # a stopped object's mesh and turntable are still being written
 IDLE = "Ready. Enter a prompt and press Run."
 DEVICE = {"concurrency_id": "device", "concurrency_limit": 1}
 SCROLL_JS = "() => { if (innerWidth < 860) document.querySelector('#results').scrollIntoView({behavior: 'smooth'}); }"
+# Turning one of the two viewers turns the other: what a visitor does to one canvas is told to the other one, too.
+LINK_VIEWERS_JS = """() => {
+    const canvas = id => document.querySelector(`#${id} canvas`);
+    for (const type of ['pointerdown', 'pointermove', 'pointerup', 'wheel']) {
+        document.addEventListener(type, event => {
+            if (!event.isTrusted) return;
+            const pair = [canvas('with_model'), canvas('without_model')], from = pair.indexOf(event.target);
+            if (from < 0 || !pair[1 - from]) return;
+            const here = pair[from].getBoundingClientRect(), there = pair[1 - from].getBoundingClientRect();
+            const told = {bubbles: true, cancelable: true, pointerId: event.pointerId, pointerType: event.pointerType,
+                button: event.button, buttons: event.buttons, deltaY: event.deltaY, ctrlKey: event.ctrlKey,
+                clientX: event.clientX - here.x + there.x, clientY: event.clientY - here.y + there.y};
+            pair[1 - from].dispatchEvent(new event.constructor(type, told));
+        }, true);
+    }
+}"""
 # What a run changes, in the order of every update below.
 OUTPUTS = ("status", "preview", "charts", "slider", "single", "scores", "files", "with_png", "without_png",
-           "metrics_csv", "run_json", "directory")  # fmt: skip
+           "metrics_csv", "run_json", "object", "with_video", "without_video", "object_files", "directory")  # fmt: skip
+MODELS = ("with_model", "without_model")  # set by an event of their own: see `show_models`
 
 
 def build_demo() -> gr.Blocks:
@@ -76,6 +94,10 @@ def build_question() -> tuple[dict[str, Any], dict[str, Any]]:
     """What to draw, and Run: (control of each field, the other components)."""
     form: dict[str, Any] = {"prompts": examples.load_prompts()}
     with gr.Group():
+        mode = gr.Radio(
+            [("Picture", "image"), ("3D object", "3d")], value=FIELDS["mode"].default, label=label("mode"),
+            show_label=False, elem_id="mode",
+        )  # fmt: skip
         prompt = gr.Textbox(
             label="Prompt", lines=2, max_lines=5, placeholder="a red mushroom with a white stem", elem_id="prompt"
         )
@@ -91,7 +113,7 @@ def build_question() -> tuple[dict[str, Any], dict[str, Any]]:
         label="Try one", components=[prompt], type="index", elem_id="prompts",
         samples=[[saved["prompt"]] for saved in form["prompts"]],
     )  # fmt: skip
-    return {"prompt": prompt, "negative_prompt": negative}, form
+    return {"mode": mode, "prompt": prompt, "negative_prompt": negative}, form
 
 
 def build_settings() -> tuple[dict[str, Any], dict[str, Any]]:
@@ -99,9 +121,7 @@ def build_settings() -> tuple[dict[str, Any], dict[str, Any]]:
     form: dict[str, Any] = {}
     controls: dict[str, Any] = {}
     with gr.Group():
-        with gr.Row():
-            controls["preset"] = dropdown("preset", PRESETS, "Settings to start from.")
-            controls["mode"] = control("mode")
+        controls["preset"] = dropdown("preset", PRESETS, "Settings to start from.")
         with gr.Row():
             controls["prior"] = dropdown("prior", PRIORS, help_line("prior"))
             targets = [name for name, info in REWARDS.items() if not info.held_out]
@@ -115,7 +135,7 @@ def build_settings() -> tuple[dict[str, Any], dict[str, Any]]:
             )
         controls["compare"] = control("compare")
     for group, title in GROUPS.items():
-        with gr.Accordion(title, open=False):
+        with gr.Accordion(title, open=False, visible=group != "object") as form[f"{group}_settings"]:
             for name in (name for name in NAMES if FIELDS[name].metadata["group"] == group):
                 controls[name] = control(name)
     with gr.Accordion("Share and restore", open=False):
@@ -125,7 +145,8 @@ def build_settings() -> tuple[dict[str, Any], dict[str, Any]]:
             placeholder="appears here, and in the clipboard",
         )  # fmt: skip
         form["restore"] = gr.File(
-            label="Restore settings: drop a result PNG or a run.json", file_types=[".png", ".json"], height=120,
+            label="Restore settings: drop a result PNG, GLB or run.json", file_types=[".png", ".glb", ".json"],
+            height=120,
             elem_id="restore",
         )  # fmt: skip
     return controls, form
@@ -158,6 +179,20 @@ def build_results(shown: list[examples.Example]) -> tuple[dict[str, Any], dict[s
         label="With preference", interactive=False, visible=False, buttons=["fullscreen"], elem_id="single",
         elem_classes="picture",
     )  # fmt: skip
+    with gr.Group(visible=False, elem_id="object") as outputs["object"]:
+        with gr.Row(elem_classes="pair", elem_id="models"):
+            for name, text in zip(MODELS, ("With preference: drag to turn", "Without"), strict=True):
+                outputs[name] = gr.Model3D(
+                    label=text, interactive=False, height=320, clear_color=(0.86, 0.88, 0.90, 1.0), min_width=140,
+                    elem_id=name,
+                )  # fmt: skip
+        with gr.Row(elem_classes="pair"):
+            for name in ("with_video", "without_video"):
+                outputs[name] = gr.Video(
+                    label="Turntable" if name == "with_video" else "Turntable, without", autoplay=True, loop=True,
+                    interactive=False, buttons=[], min_width=140, height=240, elem_id=name,
+                )  # fmt: skip
+        outputs["object_files"] = gr.Files(label="Meshes, videos, pictures", interactive=False, elem_id="object_files")
     outputs["scores"] = html(elem_id="scores")
     with gr.Row(visible=False, elem_classes="downloads", elem_id="downloads") as outputs["files"]:
         for name, text in (
@@ -179,6 +214,7 @@ def build_results(shown: list[examples.Example]) -> tuple[dict[str, Any], dict[s
         fit_columns=False, object_fit="cover", interactive=False, visible=bool(shown), buttons=[], elem_id="examples",
         elem_classes="thumbs",
     )  # fmt: skip
+    galleries |= {name: outputs[name] for name in MODELS}
     return {name: outputs[name] for name in OUTPUTS}, galleries
 
 
@@ -233,13 +269,18 @@ def connect(
     # On a phone the results are below the form: bring them into view.
     prepared.success(None, js=SCROLL_JS, **private)
     run = prepared.success(run_form, inputs, results, **private, **DEVICE, show_progress="hidden")
-    run.then(idle_buttons, None, run_stop, **light).then(*remember, **light)
+    models = (show_models, outputs["directory"], [galleries[name] for name in MODELS])
+    run.then(idle_buttons, None, run_stop, **light).then(*models, **light).then(*remember, **light)
     # Gradio cancels only after a click's own function has returned, so the partial result is a second event.
     form["stop"].click(None, cancels=[run], **private).then(show_partial, outputs["directory"], results, **light).then(
         idle_buttons, None, run_stop, **light
-    ).then(*remember, **light)
+    ).then(*models, **light).then(*remember, **light)
 
     controls["preset"].input(fill_preset, controls["preset"], inputs, **light)
+    controls["mode"].input(lambda mode: fill_preset(presets_of(mode)[0]), controls["mode"], inputs, **light)
+    controls["mode"].change(
+        lambda mode: gr.update(visible=mode == "3d"), controls["mode"], form["object_settings"], **light
+    )
     gr.on(
         [controls[name].change for name in ("preset", "steps", "prior", "compare", "time_budget_s")],
         lambda *values: estimate_of(named(values)), inputs, form["estimate"],
@@ -255,6 +296,7 @@ def connect(
     form["restore"].upload(restore_file, form["restore"], restored, **light)
     form["copy_link"].click(None, inputs, form["link"], js=copy_link_js(), **private)
     demo.load(restore_link, None, restored, **light)
+    demo.load(None, js=LINK_VIEWERS_JS, **private)
 
     def show_example(event: gr.SelectData) -> list[Any]:
         return show_again(load_result(shown[event.index].directory))
@@ -263,8 +305,8 @@ def connect(
         return show_again(load_result(Path(history[event.index])))
 
     again = [*restored, *results]
-    galleries["examples"].select(show_example, None, again, **light)
-    galleries["runs"].select(show_run, galleries["history"], again, **light)
+    galleries["examples"].select(show_example, None, again, **light).then(*models, **light)
+    galleries["runs"].select(show_run, galleries["history"], again, **light).then(*models, **light)
 
 
 def prepare(randomise: bool, *values: Any) -> list[Any]:
@@ -282,6 +324,7 @@ def prepare(randomise: bool, *values: Any) -> list[Any]:
         scores="",
         charts="",
         files=gr.update(visible=False),
+        object=gr.update(visible=False),
         directory=None,
     )
     return [config.seed, gr.update(interactive=False), gr.update(interactive=True), *cleared]
@@ -333,6 +376,10 @@ def show_end(result: Result, warnings: tuple[str, ...] = ()) -> list[Any]:
         without_png=download(result, "without.png"),
         metrics_csv=download(result, "metrics.csv"),
         run_json=download(result, "run.json"),
+        object=gr.update(visible=bool(result.models or result.videos)),
+        with_video=video(result, "with"),
+        without_video=video(result, "without"),
+        object_files=[str(path) for path in result.files] if result.videos else gr.skip(),
         directory=str(result.directory),
     )
 
@@ -340,6 +387,16 @@ def show_end(result: Result, warnings: tuple[str, ...] = ()) -> list[Any]:
 def download(result: Result, name: str) -> dict[str, Any]:
     path = result.directory / name
     return gr.update(value=str(path), visible=True) if path.exists() else gr.update(visible=False)
+
+
+def video(result: Result, arm: str) -> dict[str, Any]:
+    return gr.update(value=str(result.videos[arm]) if arm in result.videos else None, visible=arm in result.videos)
+
+
+def show_models(directory: str | None) -> list[Any]:
+    """The meshes of the run. An event of its own: a generator whose last item holds a new mesh leaves viewers blank."""
+    models = load_result(Path(directory)).models if directory else {}
+    return [gr.update(value=str(models[arm]) if arm in models else None, visible=arm in models) for arm in ARMS]
 
 
 def updates(**changed: Any) -> list[Any]:

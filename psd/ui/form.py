@@ -19,6 +19,7 @@ from psd.config import MAX_PROMPT_CHARS, PRESETS, RunConfig
 from psd.priors import PRIORS
 from psd.rewards import REWARDS
 from psd.safety import RequestError, check_name, check_request
+from psd.scene.mesh import read_glb_extras
 
 FIELDS = {field.name: field for field in dataclasses.fields(RunConfig)}
 NAMES = tuple(FIELDS)
@@ -26,12 +27,28 @@ GROUPS = {
     "method": "Sampling and guidance",
     "preference": "Preference",
     "negative": "Negative embedding",
+    "object": "Object (3D)",
     "run": "Size and time",
 }
 LABELS = {
     "gamma": "Guidance scale γ",
     "t_max": "Noisiest t",
     "t_min": "Cleanest t",
+    "t_max_end": "Noisiest t at the end (3D)",
+    "t_anneal": "Annealing of t (3D)",
+    "rescale": "Rescaling of x0 (3D)",
+    "rank": "Ranking of views (3D)",
+    "field": "Radiance field",
+    "grid_size": "Grid (voxels)",
+    "render_size": "Training renders (px)",
+    "render_size_end": "Training renders, second half (px)",
+    "samples": "Samples a ray",
+    "lambda_orient": "λ orientation",
+    "lambda_orient_end": "λ orientation, at the end",
+    "lambda_opacity": "λ opacity",
+    "lambda_z_variance": "λ depth variance",
+    "lambda_smooth": "λ smoothness",
+    "mesh_faces": "Triangles of the mesh",
     "time_shift_low": "Time shift from",
     "time_shift_high": "Time shift to",
     "pair": "Noise pair",
@@ -52,11 +69,11 @@ LABELS = {
 }
 # Number fields whose whole range is worth dragging through, with the step of the handle.
 SLIDER_STEPS = {
-    "steps": 1, "gamma": 0.1, "t_max": 0.01, "t_min": 0.01, "time_shift_low": 0.01, "time_shift_high": 0.01,
-    "pref_weight": 0.05,
+    "steps": 1, "gamma": 0.1, "t_max": 0.01, "t_min": 0.01, "t_max_end": 0.01, "t_anneal": 0.05, "rescale": 0.05,
+    "time_shift_low": 0.01, "time_shift_high": 0.01, "pref_weight": 0.05,
 }  # fmt: skip
 # A preset says how to draw; these say what, and stay as they are when another preset is chosen.
-KEPT_BY_PRESETS = ("prompt", "mode", "seed", "compare")
+KEPT_BY_PRESETS = ("prompt", "seed", "compare")
 MAX_SETTINGS_BYTES = 1_000_000
 
 
@@ -94,9 +111,10 @@ def checked(settings: Mapping[str, Any]) -> RunConfig:
     anybody could make the server download anything.
     """
     settings = {name: number(FIELDS[name], value) for name, value in settings.items() if name in FIELDS}
-    preset = settings.pop("preset", None) or FIELDS["preset"].default
-    check_name("preset", str(preset), PRESETS)
-    config = RunConfig.from_preset(str(preset), **settings)
+    preset = settings.pop("preset", None)
+    if preset is not None:
+        check_name("preset", str(preset), PRESETS)
+    config = RunConfig.from_preset(preset, **settings)
     check_request(config)
     check_name("prior", config.prior, PRIORS)
     return config
@@ -143,10 +161,15 @@ def settings_of_query(query: Mapping[str, str]) -> dict[str, Any]:
 
 
 def settings_of_file(path: str | Path) -> dict[str, Any]:
-    """The settings inside a result: the PNG's text chunk "psd" or run.json's "config". Raises RequestError."""
+    """The settings inside a result: the PNG's text chunk "psd", the GLB's extras or run.json's "config".
+
+    Raises RequestError.
+    """
     path = Path(path)
     try:
-        if path.suffix.lower() == ".png":
+        if path.suffix.lower() == ".glb":
+            text = json.dumps(read_glb_extras(path))
+        elif path.suffix.lower() == ".png":
             with Image.open(path, formats=["PNG"]) as image:
                 # Chunks before the pixels are read with the header: the image itself is never decoded.
                 text = image.info.get("psd", "")
@@ -160,7 +183,7 @@ def settings_of_file(path: str | Path) -> dict[str, Any]:
     if isinstance(found, dict):
         found = found.get("config", found)
     if not isinstance(found, dict) or not isinstance(found.get("prompt"), str):
-        raise RequestError("This file carries no settings: drop a result PNG or a run.json that this app wrote.")
+        raise RequestError("This file carries no settings: drop a result PNG, GLB or run.json that this app wrote.")
     return checked(found).to_dict()
 
 

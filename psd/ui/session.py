@@ -35,8 +35,9 @@ log = logging.getLogger(__name__)
 SHOW_EVERY_S = 0.45
 KEPT_PREVIEWS = 20
 ON_ZERO_GPU = bool(os.environ.get("SPACES_ZERO_GPU"))
-# Before this process has measured a run: seconds a step of one arm, the model's loading included in LOAD_S.
-STEP_S = {"toybox": 0.06, "published": 0.4}
+# Before this process has measured a run: seconds a step of one arm, and of the files of an arm; loading is apart.
+STEP_S = {("toybox", "image"): 0.06, ("published", "image"): 0.4, ("toybox", "3d"): 0.17, ("published", "3d"): 0.5}
+EXPORT_S = {"image": 0.2, "3d": 6.0}
 LOAD_S = {"toybox": 1.0, "published": 20.0}
 SECOND_ARM = 0.6  # the arms share one batch: the second costs less than the first
 measured_step_s: dict[tuple[str, bool], float] = {}
@@ -61,7 +62,9 @@ class Result:
 
     directory: Path
     settings: dict[str, Any] = field(default_factory=dict)
-    images: dict[str, Path] = field(default_factory=dict)
+    images: dict[str, Path] = field(default_factory=dict)  # arm -> PNG; of an object, its front
+    models: dict[str, Path] = field(default_factory=dict)  # arm -> GLB, of objects
+    videos: dict[str, Path] = field(default_factory=dict)  # arm -> turntable, of objects
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
     rows: tuple[dict[str, float], ...] = ()
     files: tuple[Path, ...] = ()
@@ -114,17 +117,23 @@ def write_preview(preview: Preview, directory: Path) -> Path:
 def load_result(directory: Path) -> Result:
     """Read a run's folder: images of the arms, metrics, scores and settings, as far as they are there."""
     found = read_json(directory / "run.json")
-    images = {arm: directory / f"{arm}.png" for arm in ARMS if (directory / f"{arm}.png").exists()}
+    images, models, videos = (
+        {arm: directory / f"{arm}.{kind}" for arm in ARMS if (directory / f"{arm}.{kind}").exists()}
+        for kind in ("png", "glb", "mp4")
+    )
     rows: tuple[dict[str, float], ...] = ()
     if (directory / "metrics.csv").exists():
         with open(directory / "metrics.csv", newline="", encoding="utf-8") as file:
             rows = tuple({key: as_float(value) for key, value in row.items()} for row in csv.DictReader(file))
-    names = ("metrics.csv", "run.json")
+    names = [f"{arm}{end}" for arm in ARMS for end in (".glb", ".ply", ".zip", ".mp4", "_views.png")]
+    names += ["metrics.csv", "run.json"]
     listed = [*images.values(), *(directory / name for name in names if (directory / name).exists())]
     return Result(
         directory=directory,
         settings=found.get("config", {}),
         images=images,
+        models=models,
+        videos=videos,
         scores=found.get("scores", {}),
         rows=rows,
         files=tuple(listed),
@@ -151,9 +160,10 @@ def as_float(value: Any) -> float:
 def estimate_s(config: RunConfig) -> float:
     """Seconds this run will take: measured on this process's last such run, else a guess."""
     kind = "toybox" if config.prior.startswith("toybox/") else "published"
-    guess = STEP_S[kind] * (1 + SECOND_ARM * config.compare)
+    guess = STEP_S[kind, config.mode] * (1 + SECOND_ARM * config.compare)
     seconds = config.steps * measured_step_s.get((config.prior, config.compare), guess)
-    return min(seconds, 0.9 * config.time_budget_s) if config.time_budget_s else seconds
+    seconds = min(seconds, 0.9 * config.time_budget_s) if config.time_budget_s else seconds
+    return seconds + EXPORT_S[config.mode] * (1 + config.compare)
 
 
 def gpu_seconds(config: RunConfig) -> int:

@@ -1,0 +1,141 @@
+"""3D mode as `psd.run` drives it: from RunConfig to the states of psd.object3d, pictures of them, and files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from psd.config import RunConfig
+from psd.contracts import Prior, Reward
+from psd.export import export_png, to_uint8
+from psd.object3d import ObjectArm, ObjectStep, distil_object, start_field, view_scorer
+from psd.priors import Frame, prior_info
+from psd.scene.cameras import Cameras, Rig, orbit_cameras
+from psd.scene.fields import ConstantBackground, DirectionalBackground
+from psd.scene.mesh import EmptyScene, export_glb, export_obj_zip, export_ply, extract_mesh
+from psd.scene.render import Rendering, render_views
+from psd.scene.turntable import depth_picture, export_turntable, normal_picture, turntable_frames
+
+SCORED_VIEWS = 12
+PREVIEW_VIEWS, PREVIEW_PX = 4, 64
+FRONT_PX, SHEET_PX, TURNTABLE_PX = 256, 192, 160
+TURNTABLE_FRAMES, FPS = 48, 16
+FRONT_AZIMUTH_DEG = 30.0  # of the still picture: a little from the side says more than straight from the front
+
+
+class MakeObject:
+    """One 3D run. The fields are optimised in place: what is exported is their last state."""
+
+    preview_every_s = 1.0
+
+    def __init__(self, config: RunConfig, arms: dict[str, RunConfig], prior: Prior, reward: Reward):
+        self.config, self.prior, self.reward = config, prior, reward
+        self.frame: Frame = prior_info(config.prior).frame
+        n_0 = prior.embed([config.negative_prompt])
+        torch.manual_seed(config.seed)  # modules draw their first weights from the global generator
+        field = start_field(config, self.frame.radius).to(prior.device)
+        background = self._background().to(prior.device)
+        self.arms = {name: ObjectArm.start(arm, field, background, n_0) for name, arm in arms.items()}
+
+    def steps(self) -> Iterator[ObjectStep]:
+        config, prior, frame = self.config, self.prior, self.frame
+        score = view_scorer(prior, self.reward, config.prompt, config.rank)
+        rig = Rig(frame.fovy_deg, frame.distance, frame.elevation_deg)
+        generator = torch.Generator().manual_seed(config.seed)
+        return distil_object(prior, score, prior.embed([config.prompt]), self.arms, rig, generator)
+
+    def trouble(self, state: ObjectStep) -> str:
+        return state.failure
+
+    def views(self, state: ObjectStep) -> Float[Tensor, "A V 3 H W"]:
+        """This step's renders, at the prior's size."""
+        pixels = torch.stack(list(state.views.values()))
+        size = (self.prior.image_size,) * 2
+        resized = F.interpolate(pixels.flatten(0, 1), size, mode="bilinear", align_corners=False)
+        return resized.unflatten(0, pixels.shape[:2])
+
+    def preview(self, state: ObjectStep, views: Tensor) -> np.ndarray:
+        """Four sides of every arm's object, a row an arm; always from the same cameras, so that nothing jumps."""
+        rows = [self._look(arm, self._around(PREVIEW_VIEWS), PREVIEW_PX).rgb for arm in self.arms.values()]
+        return to_uint8(torch.cat([torch.cat(list(row), -1) for row in rows], -2).clamp(0, 1))
+
+    def export(
+        self, state: ObjectStep, directory: Path, settings: dict[str, Any], rewards: dict[str, Reward]
+    ) -> tuple[dict[str, Path], dict[str, dict[str, float]], dict[str, Path], dict[str, Any]]:
+        """Score each object from 12 sides, and write its pictures, turntable and mesh.
+
+        (arm -> front picture, arm -> scores, name -> file, remarks for run.json). `rewards` empty: a run that was
+        stopped, whose visitor waits: no scores.
+        """
+        images, scores, files, remarks = {}, {}, {}, {"meshes": {}}
+        for name, arm in self.arms.items():
+            scores[name] = self._scores(arm, rewards)
+            about = {**settings, "arm": name, "scores": scores[name]}
+            images[name] = files[f"{name}.png"] = directory / f"{name}.png"
+            front = orbit_cameras(1, azimuth_start_deg=FRONT_AZIMUTH_DEG, **self.frame.portrait)
+            export_png(images[name], to_uint8(self._look(arm, front, FRONT_PX).rgb[0].clamp(0, 1)), about)
+            files |= self._pictures(name, arm, directory, about)
+            made, remarks["meshes"][name] = self._mesh(name, arm, directory, about)
+            files |= made
+        return images, scores, files, remarks
+
+    @torch.no_grad()
+    def _scores(self, arm: ObjectArm, rewards: dict[str, Reward]) -> dict[str, float]:
+        if not rewards:
+            return {}
+        views = self._look(arm, self._around(SCORED_VIEWS), self.prior.image_size).rgb.clamp(0, 1)
+        return {
+            name: reward(views, [self.config.prompt] * len(views)).mean().item() for name, reward in rewards.items()
+        }
+
+    def _pictures(self, name: str, arm: ObjectArm, directory: Path, about: dict[str, Any]) -> dict[str, Path]:
+        """Four sides in colour, depth and normals; the turntable."""
+        seen = self._look(arm, self._around(4), SHEET_PX, with_normals=True)
+        rows = [
+            np.concatenate([to_uint8(view.clamp(0, 1)) for view in seen.rgb], 1),
+            np.concatenate(list(depth_picture(seen)), 1),
+            np.concatenate(list(normal_picture(seen)), 1),
+        ]
+        sheet, video = directory / f"{name}_views.png", directory / f"{name}.mp4"
+        export_png(sheet, np.concatenate(rows), about)
+        frames = turntable_frames(
+            arm.field, arm.background, TURNTABLE_FRAMES, TURNTABLE_PX, samples=self.config.samples,
+            occupancy=arm.occupancy, azimuth_start_deg=FRONT_AZIMUTH_DEG, **self.frame.portrait,
+        )  # fmt: skip
+        export_turntable(video, frames, FPS)
+        return {path.name: path for path in (sheet, video)}
+
+    def _mesh(
+        self, name: str, arm: ObjectArm, directory: Path, about: dict[str, Any]
+    ) -> tuple[dict[str, Path], dict[str, Any]]:
+        """GLB, PLY and OBJ of an arm, and what its mesh is like; of an empty scene only why there is none."""
+        try:
+            mesh = extract_mesh(arm.field, target_faces=self.config.mesh_faces)
+        except EmptyScene as error:
+            return {}, {"reason": str(error)}
+        files = {f"{name}.{kind}": directory / f"{name}.{kind}" for kind in ("glb", "ply", "zip")}
+        export_glb(mesh, files[f"{name}.glb"], about)
+        export_ply(mesh, files[f"{name}.ply"])
+        export_obj_zip(mesh, files[f"{name}.zip"])
+        return files, mesh.report
+
+    def _look(self, arm: ObjectArm, cameras: Cameras, size: int, with_normals: bool = False) -> Rendering:
+        return render_views(
+            arm.field, arm.background, cameras.to(self.prior.device), size,
+            samples=2 * self.config.samples, occupancy=arm.occupancy, with_normals=with_normals,
+        )  # fmt: skip
+
+    def _around(self, count: int, azimuth_deg: float = 0.0) -> Cameras:
+        return orbit_cameras(count, azimuth_start_deg=azimuth_deg, **self.frame.portrait)
+
+    def _background(self) -> nn.Module:
+        if self.frame.background:
+            return ConstantBackground(self.frame.background).requires_grad_(False)
+        return DirectionalBackground()

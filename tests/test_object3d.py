@@ -1,0 +1,187 @@
+"""The 3D loop on an exact prior: what it shares between arms, how many forwards it takes, what ends it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from psd.config import RunConfig
+from psd.object3d import ObjectArm, ObjectStep, anneal_timestep, distil_object, start_field, view_scorer
+from psd.scene.cameras import Rig
+from psd.scene.fields import ConstantBackground, DirectionalBackground
+from psd.schedule import NoiseSchedule
+from tests.gaussian import gaussian_eps
+
+SIDE = 8
+CONFIG = RunConfig(
+    prompt="x", mode="3d", steps=6, gamma=2.0, weighting="recon", lr=0.05, negative_lr=1e-2, grid_size=16,
+    render_size=SIDE, samples=12,
+)  # fmt: skip
+
+
+@dataclass
+class ExactPrior:
+    """q(x_0 | cond) = N(mean(cond), 0.5^2 I) on plain pixels; counts rows, keeps the cameras it was told."""
+
+    views: int = 4
+    image_size: int = SIDE
+    latent_shape: tuple[int, int, int] = (3, SIDE, SIDE)
+    alphas_cumprod: Float[Tensor, " T"] = field(default_factory=lambda: torch.linspace(0.999, 0.01, 1000))
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    plain_rows: list[int] = field(default_factory=list)
+    gradient_rows: list[int] = field(default_factory=list)
+    cameras: list[Tensor] = field(default_factory=list)
+    spoil: float = 1.0
+
+    def embed(self, prompts: list[str]) -> Tensor:
+        return torch.stack([torch.full((4, 2), 0.1 * len(prompt)) for prompt in prompts])
+
+    def encode(self, images: Tensor) -> Tensor:
+        return images
+
+    def decode(self, x: Tensor) -> Tensor:
+        return x
+
+    def eps(self, x_t: Tensor, t: int, cond: Tensor, cameras: Tensor | None = None) -> Tensor:
+        (self.gradient_rows if torch.is_grad_enabled() else self.plain_rows).append(len(x_t))
+        self.cameras.append(cameras)
+        schedule = NoiseSchedule(self.alphas_cumprod)
+        mu = cond.mean((1, 2))[:, None, None, None]
+        return self.spoil * gaussian_eps(x_t, mu, 0.5, schedule.alpha_t(t), schedule.sigma_t(t))
+
+
+def brightness(images: Tensor, prompts: list[str]) -> Tensor:
+    assert len(images) == len(prompts)
+    return images.mean((1, 2, 3)) * 3
+
+
+def run(
+    arms: dict[str, RunConfig], prior: ExactPrior | None = None, seed: int = 0, background=None
+) -> tuple[list[ObjectStep], dict[str, ObjectArm]]:
+    prior = prior or ExactPrior()
+    shared = next(iter(arms.values()))
+    torch.manual_seed(0)
+    start = start_field(shared, radius=0.7)
+    background = background or ConstantBackground((0.9, 0.9, 0.9)).requires_grad_(False)
+    states = {name: ObjectArm.start(config, start, background, prior.embed(["bad"])) for name, config in arms.items()}
+    score = view_scorer(prior, brightness, "x", shared.rank)
+    rig = Rig((40.0, 40.0), (0.7, 0.8), (0.0, 30.0))
+    generator = torch.Generator().manual_seed(seed)
+    return list(distil_object(prior, score, prior.embed(["a longer prompt"]), states, rig, generator)), states
+
+
+def plain(config: RunConfig) -> RunConfig:
+    return replace(config, method="sds")
+
+
+def weights(arm: ObjectArm) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in arm.field.parameters()])
+
+
+def test_forward_passes():
+    """(2 noises + 1 noise) x (y, n) x 4 views in one forward; one of 4 rows with gradient per update of n."""
+    prior = ExactPrior()
+    run({"with": CONFIG, "without": plain(CONFIG)}, prior)
+    assert prior.plain_rows == [24] * 6
+    assert prior.gradient_rows == [4] * 6
+
+
+def test_intervals_save_forwards():
+    prior = ExactPrior()
+    run({"with": replace(CONFIG, pref_interval=2, negative_interval=2)}, prior)
+    assert prior.plain_rows == [16, 8, 16, 8, 16, 8]
+    assert len(prior.gradient_rows) == 2
+
+
+def test_every_row_is_told_the_camera_of_its_view():
+    prior = ExactPrior()
+    run({"with": replace(CONFIG, negative_lr=0.0), "without": plain(CONFIG)}, prior)
+    for told in prior.cameras:
+        assert told.shape == (24, 16)
+        assert torch.equal(told, told[:4].repeat(6, 1))
+        assert len(told[:4].unique(dim=0)) == 4
+
+
+def test_arms_start_from_one_field_and_see_it_from_the_same_cameras():
+    states, _ = run({"with": CONFIG, "without": plain(CONFIG)})
+    assert torch.equal(states[0].views["with"], states[0].views["without"])
+    assert not torch.equal(states[-1].views["with"], states[-1].views["without"])
+
+
+@pytest.mark.parametrize("rank", ["view", "group"])
+def test_preference_switched_off_is_the_plain_arm_bit_for_bit(rank: str):
+    """The pair's first noise wins where all rewards are equal; weight 0 and a fixed n leave plain distillation."""
+    off = replace(CONFIG, pref_weight=0.0, negative_lr=0.0, reward_scale=0.0, rank=rank)
+
+    prior = ExactPrior()
+    shared = {"with": off, "without": plain(off)}
+    torch.manual_seed(0)
+    start = start_field(off, radius=0.7)
+    background = ConstantBackground((0.9, 0.9, 0.9)).requires_grad_(False)
+    states = {name: ObjectArm.start(config, start, background, prior.embed(["bad"])) for name, config in shared.items()}
+    indifferent = view_scorer(prior, lambda images, prompts: images.new_zeros(len(images)), "x", rank)
+    generator = torch.Generator().manual_seed(0)
+    rig = Rig((40.0, 40.0), (0.7, 0.8), (0.0, 30.0))
+    list(distil_object(prior, indifferent, prior.embed(["a longer prompt"]), states, rig, generator))
+    assert torch.equal(weights(states["with"]), weights(states["without"]))
+
+
+def test_same_seed_same_bits():
+    (_, first), (_, again), (_, other) = (run({"with": CONFIG}, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(weights(first["with"]), weights(again["with"]))
+    assert not torch.equal(weights(first["with"]), weights(other["with"]))
+
+
+def test_an_arm_does_not_depend_on_its_neighbour():
+    alone, _ = run({"with": CONFIG})
+    beside, _ = run({"with": CONFIG, "without": plain(CONFIG)})
+    torch.testing.assert_close(alone[-1].views["with"], beside[-1].views["with"])
+
+
+def test_the_scene_moves_towards_what_the_prior_expects():
+    """The prior's pictures are of one grey, the mean of the prompt's embedding: 1.5, brighter than any colour."""
+    config = replace(plain(CONFIG), steps=60, gamma=1.0)
+    states, _ = run({"with": config})
+    before, after = (state.views["with"].mean().item() for state in (states[0], states[-1]))
+    assert after > before + 0.04
+
+
+def test_group_ranking_gives_every_view_the_mean():
+    prior, x_0 = ExactPrior(), torch.rand(2, 4, 3, SIDE, SIDE)
+    by_view, by_group = (view_scorer(prior, brightness, "x", rank)(x_0) for rank in ("view", "group"))
+    torch.testing.assert_close(by_group, by_view.mean(1, keepdim=True).expand(2, 4))
+    assert by_view.std(1).min() > 0
+
+
+def test_a_hash_field_with_a_learned_background_learns_both():
+    config = replace(CONFIG, field="hashgrid", steps=3, lambda_orient=1.0, lambda_opacity=0.1, lambda_z_variance=0.1)
+    _, states = run({"with": config}, background=DirectionalBackground())
+    first = DirectionalBackground()
+    moved = [parameter for parameter in states["with"].background.parameters() if parameter.grad is not None]
+    assert len(moved) == len(list(first.parameters()))
+    assert torch.isfinite(weights(states["with"])).all()
+
+
+def test_gradients_that_overflow_spoil_nothing_and_end_the_run():
+    prior = ExactPrior(spoil=float("nan"))
+    states, arms = run({"with": replace(CONFIG, steps=60, method="sds")}, prior)
+    assert states[-1].step == 20
+    assert states[-1].failure == "Stopped at step 20: gradients overflowed; lower gamma, pref_weight or lr."
+    assert torch.isfinite(weights(arms["with"])).all()
+
+
+def test_an_empty_scene_ends_the_run():
+    states, _ = run({"with": replace(plain(CONFIG), steps=200, lambda_opacity=1e4, lr=1.0)})
+    assert states[-1].failure.startswith(f"Stopped at step {states[-1].step}: the scene became empty;")
+    assert states[-1].step < 100
+
+
+def test_timesteps_anneal_as_in_the_papers_configuration():
+    """10,000 steps: low 0.98 -> 0.02 and high 0.98 -> 0.50 over the first 8,000."""
+    config = replace(CONFIG, t_max=0.98, t_min=0.02, t_max_end=0.5, t_anneal=0.8)
+    edges = {share: [anneal_timestep(config, share, 1000, u) for u in (0.0, 1.0)] for share in (0.0, 0.4, 0.8, 1.0)}
+    assert edges == {0.0: [980, 980], 0.4: [500, 740], 0.8: [20, 500], 1.0: [20, 500]}
