@@ -45,12 +45,18 @@ def test_every_preset_passes(preset: str):
     check_request(RunConfig.from_preset(preset, prompt="a blue lamp"))
 
 
+def test_an_image_has_no_more_steps_than_the_schedule():
+    check_request(config_with(steps=1000))
+    assert refusal(steps=1001) == "steps must be from 2 to 1000 in mode image, got 1001."
+
+
 @pytest.mark.parametrize("name", BOUNDED)
 def test_bounds_are_inclusive(name: str):
     field = FIELDS[name]
     low, high = field.metadata["low"], field.metadata["high"]
     others = {"t_min": {"t_max": 1.0}, "t_max": {"t_min": 0.0}, "time_shift_low": {"time_shift_high": 0.2}}
     others["time_shift_high"] = {"time_shift_low": -0.2}
+    others["steps"] = {"mode": "3d", "prior": "ashawkey/mvdream-sd2.1-diffusers"}
     for value in (low, high):
         check_request(config_with(**{**others.get(name, {}), name: value}))
     for value in (low - 1, high + 1):
