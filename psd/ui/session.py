@@ -36,7 +36,7 @@ SHOW_EVERY_S = 0.45
 KEPT_PREVIEWS = 20
 ON_ZERO_GPU = bool(os.environ.get("SPACES_ZERO_GPU"))
 # Before this process has measured a run: seconds a step of one arm, and of the files of an arm; loading is apart.
-STEP_S = {("toybox", "image"): 0.06, ("published", "image"): 0.4, ("toybox", "3d"): 0.17, ("published", "3d"): 0.5}
+STEP_S = {("toybox", "image"): 0.12, ("published", "image"): 0.4, ("toybox", "3d"): 0.17, ("published", "3d"): 0.5}
 EXPORT_S = {"image": 0.2, "3d": 6.0}
 LOAD_S = {"toybox": 1.0, "published": 20.0}
 SECOND_ARM = 0.6  # the arms share one batch: the second costs less than the first
