@@ -15,6 +15,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -385,39 +386,43 @@ def train_sd(bench: Bench, tokenizer, text_encoder, vae, renders: Renders) -> nn
     return run_stage(bench, "sd", unet, loss_of, save, {"sd/unet": unet}, average=0.9995)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path(".toybox"), help="renders and checkpoints (5 GB)")
+def bench_from_command_line(description: str, stages: tuple[str, ...]) -> Bench:
+    """The flags of a training command, and its part in torchrun's group of processes."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path(".toybox"), help="renders and checkpoints (gigabytes)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--stages", nargs="*", choices=list(STAGES), default=[], help="which to run; none named: all")
+    parser.add_argument("--stages", nargs="*", choices=stages, default=[], help="which to run; none named: all")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
     parser.add_argument("--warm", action="store_true", help="go on from the weights in assets/toybox")
     parser.add_argument("--steps-scale", type=float, default=1.0, help="multiplies every stage's number of steps")
     args = parser.parse_args()
-    args.stages = args.stages or list(STAGES)
     args.work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     if args.threads:
         torch.set_num_threads(args.threads)
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+        # A patient one: the first process may be drawing for an hour.
+        dist.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=timedelta(hours=6))
         if args.device == "cuda":
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(args.device)
-    bench = Bench(torch.device(args.device), args.work, args.steps_scale, tuple(args.stages), args.warm)
+    return Bench(torch.device(args.device), args.work, args.steps_scale, tuple(args.stages or stages), args.warm)
 
+
+def main() -> None:
+    bench = bench_from_command_line(__doc__, tuple(STAGES))
     tokenizer = models.make_tokenizer()
     data = bench.renders(1)
     text_encoder = train_text(bench, tokenizer)
-    if {"vae", "judge", "sd"} & set(args.stages):
+    if {"vae", "judge", "sd"} & set(bench.stages):
         vae = train_vae(bench, data).requires_grad_(False)
-    if "attributes" in args.stages:
+    if "attributes" in bench.stages:
         train_attributes(bench, bench.renders(3))
-    if "preference" in args.stages:
+    if "preference" in bench.stages:
         train_preference(bench, tokenizer, text_encoder, data)
-    if "judge" in args.stages:
+    if "judge" in bench.stages:
         train_judge(bench, tokenizer, vae, bench.renders(2))
-    if "sd" in args.stages:
+    if "sd" in bench.stages:
         train_sd(bench, tokenizer, text_encoder, vae, data)
 
 

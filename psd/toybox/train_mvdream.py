@@ -9,12 +9,9 @@ checkpoint, and splits every batch over the processes of torchrun.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
-import os
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -198,27 +195,8 @@ TRAINERS = {"mvdream": train_mvdream, "views": train_views}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path(".toybox"), help="renders and checkpoints (2 GB)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--stages", nargs="*", choices=list(TRAINERS), default=[], help="which to run; none named: all")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
-    parser.add_argument("--warm", action="store_true", help="go on from the weights in assets/toybox")
-    parser.add_argument("--steps-scale", type=float, default=1.0, help="multiplies every stage's number of steps")
-    args = parser.parse_args()
-    args.work.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(0)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    if "RANK" in os.environ:
-        # A patient one: the first process may be drawing for an hour.
-        dist.init_process_group("nccl" if args.device == "cuda" else "gloo", timeout=timedelta(hours=6))
-        if args.device == "cuda":
-            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(args.device)
-    stages = tuple(args.stages or TRAINERS)
-    bench = Bench(torch.device(args.device), args.work, args.steps_scale, stages, args.warm)
-    for stage in stages:
+    bench = train.bench_from_command_line(__doc__, tuple(TRAINERS))
+    for stage in bench.stages:
         TRAINERS[stage](bench)
 
 
