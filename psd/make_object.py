@@ -76,7 +76,7 @@ class MakeObject:
         """
         images, scores, files, remarks = {}, {}, {}, {"meshes": {}}
         for name, arm in self.arms.items():
-            scores[name] = self._scores(arm, rewards)
+            scores[name] = self._scores(name, rewards)
             about = {**settings, "arm": name, "scores": scores[name]}
             images[name] = files[f"{name}.png"] = directory / f"{name}.png"
             front = orbit_cameras(1, azimuth_start_deg=FRONT_AZIMUTH_DEG, **self.frame.portrait)
@@ -86,14 +86,17 @@ class MakeObject:
             files |= made
         return images, scores, files, remarks
 
+    def scored_views(self, name: str) -> Float[Tensor, "12 3 H W"]:
+        """An arm's object from all around, as it is scored; in [0, 1], of the prior's size."""
+        return self._look(self.arms[name], self._around(SCORED_VIEWS), self.prior.image_size).rgb.clamp(0, 1)
+
     @torch.no_grad()
-    def _scores(self, arm: ObjectArm, rewards: dict[str, Reward]) -> dict[str, float]:
+    def _scores(self, name: str, rewards: dict[str, Reward]) -> dict[str, float]:
         if not rewards:
             return {}
-        views = self._look(arm, self._around(SCORED_VIEWS), self.prior.image_size).rgb.clamp(0, 1)
-        return {
-            name: reward(views, [self.config.prompt] * len(views)).mean().item() for name, reward in rewards.items()
-        }
+        views = self.scored_views(name)
+        prompts = [self.config.prompt] * len(views)
+        return {each: reward(views, prompts).mean().item() for each, reward in rewards.items()}
 
     def _pictures(self, name: str, arm: ObjectArm, directory: Path, about: dict[str, Any]) -> dict[str, Path]:
         """Four sides in colour, depth and normals; the turntable."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import subprocess
@@ -10,14 +11,18 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from psd import priors
-from psd.priors import PRIORS, PriorInfo, load_prior
+from psd.priors import PRIORS, PriorInfo, load_prior, prior_info, stable_diffusion
+from psd.priors.stable_diffusion import StableDiffusionPrior
 from psd.safety import RequestError
 from psd.weights import Source
 
+EXAMPLE = Path(__file__).parents[1] / "examples" / "mushroom" / "with.png"
 WORDS = ("a", "red", "mushroom", "with", "white", "stem", "tall", "blue", "lamp")
 
 
@@ -92,12 +97,18 @@ def kl_v_folder(tmp_path_factory) -> Path:
     return make_prior_folder(tmp_path_factory.mktemp("priors") / "kl-v", "kl", "v_prediction")
 
 
+def load_exact(folder: Path, monkeypatch) -> StableDiffusionPrior:
+    """The folder's prior with a VAE of float32 on any CPU; what rounding does is test_the_vae_may_round's."""
+    monkeypatch.setattr(stable_diffusion, "vae_dtype", lambda device: torch.float32)
+    return StableDiffusionPrior.load(folder.name, prior_info(str(folder)), "cpu")
+
+
 @pytest.mark.parametrize("folder", ["tiny_folder", "kl_v_folder"])
-def test_sampling_with_the_prior_is_diffusers_own_pipeline(folder, request):
+def test_sampling_with_the_prior_is_diffusers_own_pipeline(folder, request, monkeypatch):
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     folder = request.getfixturevalue(folder)
-    prior = load_prior(str(folder))
+    prior = load_exact(folder, monkeypatch)
     pipeline = StableDiffusionPipeline.from_pretrained(str(folder), safety_checker=None, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     start = torch.randn(1, *prior.latent_shape, generator=torch.Generator().manual_seed(1))
@@ -146,8 +157,8 @@ def test_a_batch_of_conditions_is_each_condition_alone(tiny_folder):
 
 
 @pytest.mark.parametrize("folder", ["tiny_folder", "kl_v_folder"])
-def test_encode_and_decode_use_images_in_0_1_and_the_scaling_factor(folder, request):
-    prior = load_prior(str(request.getfixturevalue(folder)))
+def test_encode_and_decode_use_images_in_0_1_and_the_scaling_factor(folder, request, monkeypatch):
+    prior = load_exact(request.getfixturevalue(folder), monkeypatch)
     images = torch.rand(2, 3, prior.image_size, prior.image_size)
     encoded = prior.vae.encode(2 * images - 1)
     raw = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
@@ -157,6 +168,18 @@ def test_encode_and_decode_use_images_in_0_1_and_the_scaling_factor(folder, requ
     decoded = prior.decode(40 * x)
     assert decoded.min() >= 0 and decoded.max() <= 1
     torch.testing.assert_close(decoded, (prior.vae.decode(40 * raw).sample / 2 + 0.5).clamp(0, 1))
+
+
+def test_the_vae_may_round():
+    prior = copy.deepcopy(load_prior("toybox/sd"))
+    rounded = copy.deepcopy(prior)
+    prior.vae.float(), rounded.vae.bfloat16()
+    with Image.open(EXAMPLE) as picture:
+        images = torch.from_numpy(np.asarray(picture.convert("RGB"))).permute(2, 0, 1)[None] / 255
+    with torch.no_grad():
+        seen, rough = (each.decode(each.encode(images)) for each in (prior, rounded))
+    assert rough.dtype == torch.float32 and not torch.equal(rough, seen)
+    assert (rough - seen).square().mean().sqrt() < 1 / 255
 
 
 def test_weights_are_frozen_and_gradients_reach_the_inputs(tiny_folder):

@@ -242,6 +242,20 @@ def test_the_classifier_of_views_trains_and_loads_as_one_of_attributes(small_sta
     assert 0 <= measured["views, kind right (%)"] <= 100
 
 
+def test_recoloured_pictures_are_asked_for_shapes_alone():
+    pixels = torch.rand(64, 3, 8, 8)
+    target = torch.from_numpy(np.stack([labels(CLEAN)] * 64))
+    seen, asked = train_mvdream.recolour(pixels, target, np.random.default_rng(0))
+    shuffled = (asked != target).any(1)
+    assert 20 < shuffled.sum() < 44
+    torch.testing.assert_close(seen[~shuffled], pixels[~shuffled], rtol=0, atol=0)
+    torch.testing.assert_close(seen.sort(1).values, pixels.sort(1).values, rtol=0, atol=0)
+    assert (seen[shuffled] != pixels[shuffled]).any((1, 2, 3)).float().mean() > 0.6  # one order in six is the old one
+    for i, group in enumerate(GROUPS):
+        expected = torch.where(shuffled, train_mvdream.IGNORED, target[:, i]) if "colour" in group else target[:, i]
+        assert torch.equal(asked[:, i], expected)
+
+
 # Measures.
 class TellsTheTruth(AttributeClassifier):
     """A classifier that has read the scenes and the angles."""

@@ -2,7 +2,7 @@
 
 Stages, in order, each skipped once done:
 mvdream  the prior of four views at once, from the UNet of toybox/sd; assets/toybox/mvdream
-views    a classifier of single views from all sides, to measure that prior by; assets/toybox/views
+views    a classifier of views from all sides, from toybox/attributes, to measure that prior by; assets/toybox/views
 As psd.toybox.train does, it keeps data and checkpoints in a work folder, writes the weights to assets/toybox at every
 checkpoint, and splits every batch over the processes of torchrun.
 """
@@ -24,23 +24,25 @@ from torch import Tensor, nn
 from psd.priors import load_prior
 from psd.priors.mvdream import predict, start_from
 from psd.priors.stable_diffusion import StableDiffusionPrior
+from psd.rewards import load_attributes
 from psd.scene.cameras import camera_embedding, sample_cameras
 from psd.toybox import models, train
 from psd.toybox.dataset import Example, example
-from psd.toybox.facts import labels
+from psd.toybox.facts import GROUPS, labels
 from psd.toybox.pairs import normalise, to_pixels
 from psd.toybox.train import NULL_CAPTION_SHARE, STAGES, Bench, augment, encode_all, group_loss, run_stage
 from psd.toybox.views import AZIMUTHS, TOYBOX_RIG, VIEW_GROUPS, VIEWS, Groups, azimuth_target, shows_azimuth
 
 # As in psd.toybox.train: steps, batch (groups of views; single views), peak learning rate, data seed.
 STAGES |= {
-    "mvdream":    ( 3000,  12, 4.0e-4, 4),
-    "views":      ( 3000,  64, 2.0e-3, 5),
+    "mvdream":    ( 3000,   8, 4.0e-4, 4),
+    "views":      ( 1500,  64, 1.0e-3, 5),
 }  # fmt: skip
 GROUPS_DRAWN = {4: 12288, 5: 6144}  # data seed -> how many groups
 SINGLE_SHARE = 0.3  # of a step's images: pictures without a camera, as MVDream mixes them, with this share of the loss
 SINGLES_SEED = 1  # their data seed: what toybox/sd was trained on
 CAMERA_GAIN, CAMERA_STD = 4.0, 0.5  # of the camera embedding at the start, see `open_camera`
+IGNORED = -100  # as a class label: cross_entropy's own
 AZIMUTH_WEIGHT = 0.25  # of the azimuth beside the mean of the eight facts
 
 
@@ -173,22 +175,46 @@ def train_views(bench: Bench) -> nn.Module:
     shows = torch.tensor([shows_azimuth(scene) for scene in scenes], device=bench.device)
     azimuths = torch.tensor([drawn.azimuth_deg for drawn in groups.groups], device=bench.device)
     model = models.make_attributes(VIEW_GROUPS).to(bench.device, memory_format=torch.channels_last)
+    start_from_attributes(model)
 
     def loss_of(step: int, batch: int) -> Tensor:
         rng = np.random.default_rng([109, step])
         index, view = rng.integers(groups.count, size=batch), rng.integers(VIEWS, size=batch)
         pixels = to_pixels(groups.take(index)[np.arange(batch), view], bench.device)
+        pixels, stated_facts = recolour(augment(pixels, rng), facts[index], rng)
         with bench.autocast():
-            logits = model(normalise(augment(pixels, rng))).logits
+            logits = model(normalise(pixels)).logits
         stated, seen_from = logits.float().tensor_split([-len(AZIMUTHS)], 1)
         wrong = F.cross_entropy(seen_from, azimuth_target(azimuths[index, view]), reduction="none")
         azimuth = (wrong * shows[index]).sum() / shows[index].sum().clamp(min=1)
-        return group_loss(stated, facts[index]) + AZIMUTH_WEIGHT * azimuth
+        return group_loss(stated, stated_facts) + AZIMUTH_WEIGHT * azimuth
 
     def save(best) -> None:
         models.save_attributes(train.ASSETS / "views", best)
 
     return run_stage(bench, "views", model, loss_of, save, {"views": model}, average=0.995)
+
+
+@torch.no_grad()
+def start_from_attributes(model: nn.Module) -> None:
+    """Take over toybox/attributes; it has never seen a back. Of the head only the azimuth's rows stay as drawn."""
+    own = model.state_dict()
+    for name, weight in load_attributes(str(model.device)).model.state_dict().items():
+        if weight.ndim:
+            own[name][: len(weight)] = weight
+
+
+def recolour(
+    pixels: Float[Tensor, "B 3 H W"], target: Int[Tensor, "B G"], rng: np.random.Generator
+) -> tuple[Float[Tensor, "B 3 H W"], Int[Tensor, "B G"]]:
+    """Half the pictures with their channels shuffled, their colours no longer asked for: a kind must be known by its
+    shape. In the training data some kinds never have some colours, and a classifier learns that too."""
+    shuffled = torch.from_numpy(rng.random(len(pixels)) < 0.5).to(pixels.device)
+    order = torch.from_numpy(rng.permuted(np.tile(np.arange(3), (len(pixels), 1)), axis=1)).to(pixels.device)
+    order = torch.where(shuffled[:, None], order, torch.arange(3, device=pixels.device))
+    colours = torch.tensor(["colour" in group for group in GROUPS], device=pixels.device)
+    pixels = pixels[torch.arange(len(pixels), device=pixels.device)[:, None], order]
+    return pixels, target.masked_fill(shuffled[:, None] & colours, IGNORED)
 
 
 TRAINERS = {"mvdream": train_mvdream, "views": train_views}

@@ -1,0 +1,132 @@
+"""The 3D mode's table: three arms over held-out prompts and seeds, each object judged from twelve sides."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from psd.bench.paired import Column, Job, Values, save_picture
+from psd.config import RunConfig
+from psd.events import Preview
+from psd.make_object import MakeObject
+from psd.priors import load_prior
+from psd.rewards import load_attributes, load_reward
+from psd.run import generate
+from psd.toybox import world
+from psd.toybox.facts import GROUPS, check_facts, read_facts
+from psd.weights import Source
+
+PRESET, PROMPTS, SEEDS, BATCH = "toybox-fast", 20, 2, 1
+PLAIN = "without preference"
+COLUMNS = {
+    "target": Column("target reward", 2),
+    "judge": Column("held-out judge", 2),
+    "kind": Column("right kind (%)", 1),
+    "kind_views": Column("views with the right kind (%)", 1),
+    "facts": Column("facts right (%)", 1),
+    "consistency": Column("views of one kind (%)", 1),
+}
+
+
+def arms_of(config: RunConfig) -> dict[str, RunConfig]:
+    """The table's rows: `config` is full PSD."""
+    return {
+        PLAIN: replace(config, method="sds"),
+        "delta_pref only": replace(config, negative_lr=0.0),
+        "full PSD": config,
+    }
+
+
+def run_batch(config: RunConfig, device: str, pictures: Path, jobs: list[Job]) -> Values:
+    """The jobs one after the other, their arms in lockstep; what is seen goes to `pictures`, a row an arm."""
+    prior, target = load_prior(config.prior, device), load_reward(config.reward, device)
+    judge, found = load_reward("toybox/judge", device), {}
+    for scene, seed in jobs:
+        run = replace(config, prompt=world.caption(scene), seed=seed, compare=False)
+        make = MakeObject(run, arms_of(run), prior, target)
+        for _ in make.steps():
+            pass
+        rows = []
+        for name in make.arms:
+            views = make.scored_views(name)
+            measured = {
+                reward_name: reward(views, [run.prompt] * len(views)).mean().item()
+                for reward_name, reward in (("target", target), ("judge", judge))
+            } | seen_in(views, scene)
+            for column, value in measured.items():
+                found.setdefault(name, {}).setdefault(column, []).append(value)
+            rows.append(torch.cat(list(views[::3]), -1))
+        save_picture(pictures, (scene, seed), torch.cat(rows, -2))
+    return found
+
+
+@torch.no_grad()
+def seen_in(views: Float[Tensor, "V 3 H W"], scene: world.Scene) -> dict[str, float]:
+    """What the classifier of single views reads of an object, in %.
+
+    kind         whether the kinds are right that all views together say (mean log-probability)
+    kind_views   of views whose own kinds are right
+    facts        of single stated facts in single views
+    consistency  of views that show the most frequent kinds
+    """
+    log_probs = load_attributes(str(views.device), Source("toybox/views"))(views)
+    log_probs = {group: log_probs[group] for group in GROUPS}
+    seen = [read_facts(log_probs, row) for row in range(len(views))]
+    held = [check_facts(scene, facts) for facts in seen]
+    together = read_facts({group: log_p.mean(0, keepdim=True) for group, log_p in log_probs.items()}, 0)
+    kinds = [frozenset((facts["kind_a"], facts["kind_b"])) for facts in seen]
+    return {
+        "kind": 100.0 * kind_right(check_facts(scene, together)),
+        "kind_views": 100 * float(np.mean([kind_right(facts) for facts in held])),
+        "facts": 100 * float(np.mean([ok for facts in held for ok in facts.values()])),
+        "consistency": 100 * max(map(kinds.count, kinds)) / len(kinds),
+    }
+
+
+def kind_right(held: dict[str, bool]) -> bool:
+    return all(ok for group, ok in held.items() if group.startswith("kind"))
+
+
+class Cost(NamedTuple):
+    seconds: float  # from the call to the last file, loading included
+    first_preview_s: float
+    peak_mb: float  # resident memory of the whole process
+
+
+def costs(config: RunConfig, device: str) -> dict[str, dict[str, str]]:
+    """What each arm costs alone in a fresh process; printed: the compare run of the page."""
+    config = replace(config, prompt="a red mushroom with a white stem")
+    cost_of = {name: cost(replace(arm, compare=False), device) for name, arm in arms_of(config).items()}
+    print("compare run:", cost(replace(config, compare=True), device))
+    return {
+        "seconds": {name: f"{each.seconds:.0f}" for name, each in cost_of.items()},
+        "first preview (s)": {name: f"{each.first_preview_s:.1f}" for name, each in cost_of.items()},
+        "peak memory (GB)": {name: f"{each.peak_mb / 1000:.1f}" for name, each in cost_of.items()},
+    }
+
+
+def cost(config: RunConfig, device: str) -> Cost:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(cost_here, config, device).result()
+
+
+def cost_here(config: RunConfig, device: str) -> Cost:
+    started, first_preview = time.perf_counter(), 0.0
+    with TemporaryDirectory() as folder:
+        for event in generate(config, Path(folder), device):
+            if isinstance(event, Preview) and not first_preview:
+                first_preview = time.perf_counter() - started
+    unit = 1e6 if sys.platform == "darwin" else 1e3  # bytes there, KB elsewhere
+    return Cost(time.perf_counter() - started, first_preview, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
