@@ -14,12 +14,17 @@ import re
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float32
 from PIL import Image, ImageOps
 
 from psd.config import MAX_PROMPT_CHARS, PRESETS, RunConfig
+
+if TYPE_CHECKING:
+    from psd.priors import PriorInfo
+    from psd.rewards import RewardInfo
 
 MAX_IMAGE_SIDE_PX = 4096
 MAX_IMAGE_BYTES = 10 * 2**20
@@ -145,6 +150,40 @@ def check_mode(config: RunConfig) -> None:
         raise RequestError(
             f"render_size_end must be 0 or at least render_size = {config.render_size}, got {config.render_size_end}."
         )
+
+
+def missing_models(config: RunConfig) -> dict[str, PriorInfo | RewardInfo]:
+    """Models that a run of a checked `config` would have to download first, by name. Uses no network."""
+    from psd.hub import is_cached
+    from psd.priors import prior_info
+    from psd.rewards import REWARDS, held_out_rewards
+
+    models = {config.prior: prior_info(config.prior)}
+    models |= {name: REWARDS[name] for name in (config.reward, *held_out_rewards(config.reward))}
+    return {name: info for name, info in models.items() if not all(map(is_cached, info.sources))}
+
+
+def check_downloads(config: RunConfig, allow_download: bool) -> None:
+    """Raise RequestError where a run of a checked `config` needs a model that is not on this machine yet.
+
+    Nothing of this size comes unasked: `allow_download` says that somebody has read what it is.
+    """
+    from psd.hub import check_online
+
+    missing = missing_models(config)
+    for name in missing:
+        check_online(name)
+    if missing and allow_download is not True:
+        raise RequestError(
+            f"allow_download must be true for a first run with {told(missing)}: allow it if you accept the licence, or "
+            "choose a model that is on this machine."
+        )
+
+
+def told(missing: dict[str, PriorInfo | RewardInfo]) -> str:
+    """Models to download with size and licence, for the middle of a sentence."""
+    size = {name: f"{info.download_mb} MB" if info.download_mb else "size unknown" for name, info in missing.items()}
+    return " and ".join(f"{name} ({size[name]}, licence: {info.licence})" for name, info in missing.items())
 
 
 def is_hub_id(name: str) -> bool:

@@ -31,7 +31,7 @@ class Runs:
         self.fail: BaseException | None = None
         self.finishes = True
 
-    def generate(self, config: RunConfig, output_root: Path) -> Iterator[object]:
+    def generate(self, config: RunConfig, output_root: Path, allow_download: bool) -> Iterator[object]:
         self.configs.append(config)
         directory = output_root / "abc"
         try:

@@ -40,11 +40,14 @@ def load(folder: Path) -> MVDreamPrior:
 
 @pytest.fixture(scope="session")
 def published(tmp_path_factory) -> Path:
-    """A folder laid out as ashawkey/mvdream-sd2.1-diffusers, its UNet the golden one (float16, LDM's names)."""
+    return make_mvdream_folder(tmp_path_factory.mktemp("priors") / "published")
+
+
+def make_mvdream_folder(folder: Path) -> Path:
+    """Laid out as ashawkey/mvdream-sd2.1-diffusers, its UNet the golden one (float16, LDM's names)."""
     from diffusers import AutoencoderKL, DDIMScheduler
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    folder = tmp_path_factory.mktemp("priors") / "published"
     torch.manual_seed(0)
     tokenizer = make_tokenizer(max_length=12)
     text_encoder = CLIPTextModel(CLIPTextConfig(

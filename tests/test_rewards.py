@@ -101,13 +101,12 @@ def test_open_clip_names_and_shapes_cover_the_full_size_model():
     assert got == {name: list(weight.shape) for name, weight in model.state_dict().items()}
 
 
-@pytest.fixture
-def hpsv2(tmp_path, monkeypatch):
-    """The fixture's tiny checkpoint in the published file's format, through the published model's loader."""
-    weights, about = golden("rewards/hpsv2_tiny_weights")
+def tiny_vit_h_14() -> dict:
+    """What stands in for clip_scores.VIT_H_14, of the golden checkpoint."""
+    _, about = golden("rewards/hpsv2_tiny_weights")
     vision, text = about["open_clip_cfg"]["vision_cfg"], about["open_clip_cfg"]["text_cfg"]
     size = about["open_clip_cfg"]["embed_dim"]
-    config = {
+    return {
         "projection_dim": size,
         "text_config": dict(
             hidden_size=text["width"], intermediate_size=4 * text["width"], num_hidden_layers=text["layers"],
@@ -121,9 +120,15 @@ def hpsv2(tmp_path, monkeypatch):
             image_size=vision["image_size"], patch_size=vision["patch_size"], projection_dim=size,
         ),
     }  # fmt: skip
-    monkeypatch.setattr(clip_scores, "VIT_H_14", config)
+
+
+@pytest.fixture
+def hpsv2(tmp_path, monkeypatch):
+    """The golden tiny checkpoint in the published file's format, through the published model's loader."""
+    weights, _ = golden("rewards/hpsv2_tiny_weights")
+    monkeypatch.setattr(clip_scores, "VIT_H_14", tiny_vit_h_14())
     torch.save({"state_dict": weights}, tmp_path / clip_scores.HPSV2_FILE)
-    clip_tokenizer(text["vocab_size"], 77).save_pretrained(tmp_path)
+    clip_tokenizer(99, 77).save_pretrained(tmp_path)
     register(monkeypatch, "tiny-hps", rewards.load_hpsv2, tmp_path, tokenizer=Source(str(tmp_path)))
     return load_reward("tiny-hps")
 
@@ -269,10 +274,9 @@ def test_image_reward_names_and_shapes_cover_the_full_size_model():
     assert [layer.out_features for layer in head] == [1024, 128, 64, 16, 1]
 
 
-@pytest.fixture
-def tiny_image_reward(tmp_path, monkeypatch):
-    """The fixture's tiny checkpoint in the published file's format, through the published model's loader."""
-    weights, about = golden("rewards/imagereward_tiny_weights")
+def tiny_blip() -> tuple[dict, dict]:
+    """What stands in for image_reward.VIT_L_16 and BERT_BASE, of the golden checkpoint."""
+    _, about = golden("rewards/imagereward_tiny_weights")
     vit, bert = about["vit"], about["med_config"]
     vision = dict(
         hidden_size=vit["embed_dim"], intermediate_size=4 * vit["embed_dim"], num_hidden_layers=vit["depth"],
@@ -280,10 +284,17 @@ def tiny_image_reward(tmp_path, monkeypatch):
     )  # fmt: skip
     sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     text = {name: bert[name] for name in (*sizes, "max_position_embeddings")}
-    monkeypatch.setattr(image_reward, "VIT_L_16", image_reward.VIT_L_16 | vision)
-    monkeypatch.setattr(
-        image_reward, "BERT_BASE", image_reward.BERT_BASE | text | {"encoder_hidden_size": vit["embed_dim"]}
-    )
+    text["encoder_hidden_size"] = vit["embed_dim"]
+    return image_reward.VIT_L_16 | vision, image_reward.BERT_BASE | text
+
+
+@pytest.fixture
+def tiny_image_reward(tmp_path, monkeypatch):
+    """The golden tiny checkpoint in the published file's format, through the published model's loader."""
+    weights, _ = golden("rewards/imagereward_tiny_weights")
+    vision, text = tiny_blip()
+    monkeypatch.setattr(image_reward, "VIT_L_16", vision)
+    monkeypatch.setattr(image_reward, "BERT_BASE", text)
     torch.save(weights, tmp_path / image_reward.IMAGE_REWARD_FILE)
     bert_tokenizer(128).save_pretrained(tmp_path / "bert")  # [DEC] and [ENC] make 130
     source = Source(str(tmp_path / "bert"))

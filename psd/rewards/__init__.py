@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from psd.hub import Source, fetched
 from psd.safety import RequestError
-from psd.weights import Source, load_once, readable_errors
+from psd.weights import load_once, readable_errors
 
 if TYPE_CHECKING:
     from psd.rewards.attributes import AttributeClassifier
@@ -58,9 +59,23 @@ class RewardInfo:
     tokenizer: Source | None = None  # where it is not beside the weights
     held_out: bool = False  # a judge: report it, do not optimise against it
 
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return (self.source, self.tokenizer) if self.tokenizer else (self.source,)
 
-CLIP_H = Source("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "1c2b8495b28150b8a4922ee1c8edee224c284c0c")
-BERT = Source("google-bert/bert-base-uncased", "86b5e0934494bd15c9632b12f734a8a67f723594")
+    def fetched(self) -> RewardInfo:
+        """The same with every source a folder, downloaded first where need be. Raises RequestError."""
+        return replace(self, source=fetched(self.source), tokenizer=self.tokenizer and fetched(self.tokenizer))
+
+
+CLIP_H = Source(
+    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "1c2b8495b28150b8a4922ee1c8edee224c284c0c",
+    ("merges.txt", "vocab.json", "special_tokens_map.json", "tokenizer_config.json"),
+)  # fmt: skip
+BERT = Source(
+    "google-bert/bert-base-uncased", "86b5e0934494bd15c9632b12f734a8a67f723594",
+    ("config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json"),
+)  # fmt: skip
 
 # The revisions are the commits that published work pins.
 REWARDS: dict[str, RewardInfo] = {
@@ -72,16 +87,19 @@ REWARDS: dict[str, RewardInfo] = {
         "ImageReward in small, on other data: the held-out score.", held_out=True,
     ),
     "hpsv2.1": RewardInfo(
-        Source("xswu/HPSv2", "697403c78157020a1ae59d23f111aa58ced35b0a"), "Apache-2.0", 1980, load_hpsv2,
-        "HPS v2.1: raw cosine, about 0.2 to 0.35.", tokenizer=CLIP_H,
+        Source("xswu/HPSv2", "697403c78157020a1ae59d23f111aa58ced35b0a", ("HPS_v2.1_compressed.pt",)),
+        "Apache-2.0", 1980, load_hpsv2, "HPS v2.1: raw cosine, about 0.2 to 0.35.", tokenizer=CLIP_H,
     ),
     "pickscore": RewardInfo(
-        Source("yuvalkirstain/PickScore_v1", "a4e4367c6dfa7288a00c550414478f865b875800"),
+        Source(
+            "yuvalkirstain/PickScore_v1", "a4e4367c6dfa7288a00c550414478f865b875800",
+            ("config.json", "model.safetensors"),
+        ),
         "not stated by the authors; see the model card", 3950, load_clip, "PickScore: about 20.", tokenizer=CLIP_H,
     ),
     "imagereward": RewardInfo(
-        Source("THUDM/ImageReward", "5736be03b2652728fb87788c9797b0570450ab72"), "Apache-2.0", 1790,
-        load_image_reward, "ImageReward: about -2 to 2.", tokenizer=BERT,
+        Source("THUDM/ImageReward", "5736be03b2652728fb87788c9797b0570450ab72", ("ImageReward.pt",)),
+        "Apache-2.0", 1790, load_image_reward, "ImageReward: about -2 to 2.", tokenizer=BERT,
     ),
 }  # fmt: skip
 
@@ -97,10 +115,16 @@ def load_reward(name: str, device: str = "cpu") -> CLIPReward | ImageRewardModel
     info = REWARDS[name]
 
     def load() -> CLIPReward | ImageRewardModel:
-        with readable_errors(name, info.source):
-            return info.load(name, info, device)
+        with readable_errors(name, *info.sources):
+            return info.load(name, info.fetched(), device)
 
     return load_once(_loaded, (info.source, str(device)), load, KEEP_LOADED)
+
+
+def held_out_rewards(target: str) -> list[str]:
+    """Rewards that report beside the target: those at home in the same world that nothing was optimised against."""
+    toybox = target.startswith("toybox/")
+    return [name for name, info in REWARDS.items() if info.held_out and name != target and toybox]
 
 
 def load_attributes(device: str = "cpu", source: Source = ATTRIBUTES) -> AttributeClassifier:
