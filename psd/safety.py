@@ -14,7 +14,7 @@ import re
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float32
@@ -31,7 +31,7 @@ MAX_IMAGE_BYTES = 10 * 2**20
 MAX_IMAGE_STEPS = 1000  # of the noise schedule: more would repeat timesteps
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")  # nothing that reaches Pillow's rarer decoders (EPS calls Ghostscript)
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+HUB_ID = re.compile(r"[A-Za-z0-9](?:[\w.-]*\w)?/[A-Za-z0-9](?:[\w.-]*\w)?", re.ASCII)
 TYPE_NAMES = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}
 
 
@@ -163,10 +163,10 @@ def missing_models(config: RunConfig) -> dict[str, PriorInfo | RewardInfo]:
     return {name: info for name, info in models.items() if not all(map(is_cached, info.sources))}
 
 
-def check_downloads(config: RunConfig, allow_download: bool) -> None:
+def check_downloads(config: RunConfig, allow_download: Any) -> None:
     """Raise RequestError where a run of a checked `config` needs a model that is not on this machine yet.
 
-    Nothing of this size comes unasked: `allow_download` says that somebody has read what it is.
+    Nothing of this size comes unasked: `allow_download`, True and nothing like it, says that somebody read what it is.
     """
     from psd.hub import check_online
 
@@ -188,7 +188,8 @@ def told(missing: dict[str, PriorInfo | RewardInfo]) -> str:
 
 def is_hub_id(name: str) -> bool:
     """Whether `name` is spelled like org/name of the Hugging Face hub; "toybox/..." is ours and never a hub id."""
-    spelled = len(name) <= 96 and ".." not in name and HUB_ID.fullmatch(name) is not None
+    barred = ".." in name or "--" in name or name.endswith(".git")  # as huggingface_hub's validate_repo_id says
+    spelled = len(name) <= 96 and not barred and HUB_ID.fullmatch(name) is not None
     return spelled and not name.startswith("toybox/")
 
 

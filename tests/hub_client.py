@@ -1,4 +1,4 @@
-"""A process that downloads from the hub of its environment: one JSON line in is one source, one line out what became of it.
+"""A process that downloads from the hub of its environment: a line of JSON in is a source, a line out what came of it.
 
 No torch: what fails or succeeds here does so in psd.hub alone.
 """

@@ -40,7 +40,7 @@ class LocalHub:
     """Repositories, what goes wrong with them, and every request so far as (method, path, headers).
 
     `faults` maps a pattern of "METHOD /path" to what its answers suffer from, one after the other:
-        "503" | "slow" | "cut" (the connection ends half-way) | "short" (half a file, told as if whole) | "wrong" (a bit)
+        "503" | "slow" | "cut" (the connection ends half-way) | "short" (half of the file) | "wrong" (one bit of it)
     """
 
     url: str

@@ -172,7 +172,8 @@ def test_api_describes_itself(client: Client):
     endpoints = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
     assert endpoints.keys() == {"/generate", "/scores"}
     parameters = {entry["parameter_name"]: entry for entry in endpoints["/generate"]["parameters"]}
-    assert parameters.keys() == {field.name for field in dataclasses.fields(RunConfig)}
+    assert parameters.keys() == {"allow_download", *(field.name for field in dataclasses.fields(RunConfig))}
+    assert parameters["allow_download"]["parameter_default"] is False
     assert all(entry["parameter_has_default"] for entry in parameters.values())
     assert parameters["steps"]["parameter_default"] is None
     assert parameters["seed"]["parameter_default"] == 0
@@ -221,7 +222,7 @@ def test_unexpected_failures_show_a_reference_and_no_internals(caplog: pytest.Lo
 def test_closing_the_stream_closes_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     closed = threading.Event()
 
-    def generate(config: RunConfig, output_root: Path):
+    def generate(config: RunConfig, output_root: Path, allow_download: bool):
         try:
             yield Started("id", tmp_path, config, ("with",), ())
             yield Started("id", tmp_path, config, ("with",), ())

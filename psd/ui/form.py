@@ -16,9 +16,10 @@ import gradio as gr
 from PIL import Image
 
 from psd.config import MAX_PROMPT_CHARS, PRESETS, RunConfig
+from psd.hub import is_cached
 from psd.priors import PRIORS
 from psd.rewards import REWARDS
-from psd.safety import RequestError, check_name, check_request
+from psd.safety import RequestError, check_name, check_request, missing_models
 from psd.scene.mesh import read_glb_extras
 
 FIELDS = {field.name: field for field in dataclasses.fields(RunConfig)}
@@ -75,6 +76,8 @@ SLIDER_STEPS = {
 # A preset says how to draw; these say what, and stay as they are when another preset is chosen.
 KEPT_BY_PRESETS = ("prompt", "seed", "compare")
 MAX_SETTINGS_BYTES = 1_000_000
+# No setting: it changes no result, and a link or a preset must not carry somebody's consent.
+ALLOW_DOWNLOAD_HELP = "Fetch models that are not on the server yet; whoever sets it accepts their licences."
 
 
 def label(name: str) -> str:
@@ -213,6 +216,20 @@ def model_note(prior: str, reward: str) -> str:
     for name, table in ((prior, PRIORS), (reward, REWARDS)):
         if name in table:
             info = table[name]
-            size = f"{info.download_mb} MB to download" if info.download_mb else "included"
+            here = "downloaded" if all(map(is_cached, info.sources)) else f"{info.download_mb} MB to download"
+            size = here if info.download_mb else "included"
             notes.append(f"**{name}** · {info.about} {info.licence}, {size}.")
     return "\n\n".join(notes)
+
+
+def download_box(prior: str, reward: str) -> dict[str, Any]:
+    """The checkbox that allows a download: what comes, under which licences; hidden where nothing has to come."""
+    known = prior in PRIORS and reward in REWARDS
+    missing = missing_models(RunConfig(prior=prior, reward=reward)) if known else {}
+    licences = "; ".join(f"{name}: {info.licence}" for name, info in missing.items())
+    return dict(
+        value=False,
+        visible=bool(missing),
+        label=f"Download {sum(info.download_mb for info in missing.values())} MB first, once",
+        info=f"I accept the licences. {licences}.",
+    )

@@ -10,7 +10,7 @@ from psd.config import PRESETS, RunConfig
 from psd.plots import Series, line_chart
 from psd.priors import PRIORS
 from psd.rewards import REWARDS
-from psd.ui.form import FIELDS, help_line
+from psd.ui.form import ALLOW_DOWNLOAD_HELP, FIELDS, help_line
 from psd.ui.session import View
 
 PAPER = "https://arxiv.org/abs/2603.01594"
@@ -42,6 +42,12 @@ def status(text: str, share: float = 0.0, kind: str = "busy") -> str:
 
 
 def run_status(view: View) -> str:
+    if view.download and view.directory is None:
+        got = view.download
+        return status(
+            f"<b>Downloading {escape(got.name)}</b><span>{got.done_mb:.0f} of {got.total_mb:.0f} MB</span>",
+            got.done_mb / max(got.total_mb, 1e-6),
+        )
     if view.step is None:
         return status("Loading the models…" if view.directory is None else "Models are ready, first step…")
     step = view.step
@@ -135,7 +141,7 @@ def estimate(config: RunConfig, run_s: float, gpu_s: int | None) -> str:
 
 
 def parameter_table() -> str:
-    """Every parameter of /generate, from the dataclass that the endpoint itself is made from."""
+    """Every parameter of /generate: the dataclass that the endpoint itself is made from, and its one permission."""
     rows = ""
     for name, field in FIELDS.items():
         choices, low, high = field.metadata["choices"], field.metadata["low"], field.metadata["high"]
@@ -148,6 +154,10 @@ def parameter_table() -> str:
             f"<td data-label='default'><code>{escape(default)}</code></td>"
             f"<td>{escape(help_line(name))}</td></tr>"
         )
+    rows += (
+        "<tr><th scope='row'><code>allow_download</code></th><td data-label='type'>bool</td>"
+        f"<td data-label='default'><code>False</code></td><td>{escape(ALLOW_DOWNLOAD_HELP)}</td></tr>"
+    )
     return (
         "<table class='psd-parameters'><thead><tr><th scope='col'>name</th><th scope='col'>type</th>"
         "<th scope='col'>default</th><th scope='col'>meaning</th></tr></thead>"
