@@ -161,6 +161,24 @@ def test_refusals_links_and_dropped_files(browser: Browser, app_url: str, tmp_pa
     page.close()
 
 
+def test_a_download_is_asked_for_with_size_and_licences(browser: Browser, app_url: str):
+    page, faults = open_page(browser, app_url, 390, "light", "&prompt=a+lamp&preset=sd15-paper")
+    box = page.get_by_label("Download 6250 MB first, once")
+    box.wait_for()
+    assert not box.is_checked()
+    assert "CreativeML OpenRAIL-M" in page.locator("#allow_download").inner_text()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    box.check()
+    page.locator("#run").click()
+    page.get_by_text("HF_HUB_OFFLINE forbids").wait_for()  # the server of the tests has no network
+
+    page.locator("#preset input").click()
+    page.get_by_role("option", name="toybox-image", exact=True).click()
+    box.wait_for(state="hidden")
+    assert faults == []
+    page.close()
+
+
 def copied_link(page: Page, awaited: str) -> str:
     """The link that Copy link makes once the form's last change has reached it."""
     box = page.locator("#link textarea, #link input").first
