@@ -3,6 +3,7 @@
 VENV := .venv
 PY   := $(VENV)/bin/python
 ARGS ?=
+MODE ?= image
 
 # Tried in this order; another one: make run PYTHON=/path/to/python3.12
 PYTHON ?= $(firstword $(foreach name,python3.12 python3.11 python3.13 python3.14 python3 python,$(shell \
@@ -25,9 +26,10 @@ lint: setup-dev         ## ruff
 
 train-toybox: setup     ## make assets/toybox from nothing (resumes where it stopped)
 	$(PY) -m psd.toybox.train $(ARGS)
+	$(PY) -m psd.toybox.train_mvdream $(ARGS)
 
-bench: setup            ## measure the table "Does it work?" of the README
-	$(PY) -m psd.bench image $(ARGS)
+bench: setup            ## measure a table of the README: make bench MODE=scene
+	$(PY) -m psd.bench $(MODE) $(ARGS)
 
 clean:                  ## remove the environment, caches and outputs of the command line
 	rm -rf $(VENV) .pytest_cache .ruff_cache outputs

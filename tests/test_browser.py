@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from tests import app_server
 
@@ -177,6 +179,63 @@ def test_a_download_is_asked_for_with_size_and_licences(browser: Browser, app_ur
     box.wait_for(state="hidden")
     assert faults == []
     page.close()
+
+
+def test_an_object_ends_upright_and_coloured_in_both_viewers(browser: Browser, app_url: str, tmp_path: Path):
+    """In the preset's own steps but fewer: a red cap over a white stem, turned in one viewer and so in the other."""
+    page, faults = open_page(browser, app_url, 1440, "light")
+    page.get_by_label("3D object").check()
+    page.get_by_text("toybox/mvdream", exact=False).first.wait_for()
+    set_steps(page, 60)
+    page.get_by_label("Prompt", exact=True).fill(PROMPT)
+    page.get_by_label("Randomise seed").uncheck()
+    page.locator("#run").click()
+    page.locator("#preview img").wait_for(timeout=RUN_MS)
+    page.get_by_text("Done", exact=True).wait_for(timeout=RUN_MS)
+    for arm in ("with", "without"):
+        page.locator(f"#{arm}_video video").wait_for()
+        upright_and_coloured(viewer(page, arm, tmp_path / f"{arm}.png"))
+    assert page.locator("#object_files").get_by_text(".glb").count() >= 2
+    front = page.locator("#slider img").first.get_attribute("src")
+    set_number(page, "angle", 90)
+    page.wait_for_function("front => document.querySelector('#slider img').src !== front", arg=front)
+
+    before = {arm: viewer(page, arm, tmp_path / "before.png") for arm in ("with", "without")}
+    box = page.locator("#with_model canvas").bounding_box()
+    page.mouse.move(box["x"] + 0.4 * box["width"], box["y"] + box["height"] / 2)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 0.6 * box["width"], box["y"] + 0.9 * box["height"], steps=8)
+    page.mouse.up()
+    page.wait_for_timeout(2000)
+    for arm, picture in before.items():
+        assert np.abs(viewer(page, arm, tmp_path / f"{arm}-turned.png") - picture).mean() > 2, f"{arm} did not turn"
+    assert unlabelled(page) == []
+    assert faults == []
+    page.close()
+
+
+def viewer(page: Page, arm: str, path: Path) -> np.ndarray:
+    """What an arm's viewer shows, float [H, W, 3] of 0 to 255, once there is more than its background."""
+    canvas = page.locator(f"#{arm}_model canvas")
+    canvas.wait_for(timeout=RUN_MS)
+    for _ in range(60):
+        canvas.screenshot(path=path)
+        picture = np.asarray(Image.open(path).convert("RGB")).astype(float)
+        if picture.std((0, 1)).max() > 5:
+            break
+        page.wait_for_timeout(500)
+    return picture
+
+
+def upright_and_coloured(picture: np.ndarray) -> None:
+    """A mushroom: much red, in the middle, and what is neither red nor background is below it."""
+    red = (picture[..., 0] > 90) & (picture[..., 0] > 1.8 * picture[..., 1:].max(-1))
+    background = np.median(picture.reshape(-1, 3), axis=0)
+    rest = (np.abs(picture - background).max(-1) > 25) & ~red
+    assert red.mean() > 0.03, f"{red.mean():.3f} of the viewer is red"
+    rows, columns = np.nonzero(red)
+    assert abs(columns.mean() / picture.shape[1] - 0.5) < 0.1
+    assert np.nonzero(rest)[0].mean() > rows.mean(), "the cap is not above the stem"
 
 
 def copied_link(page: Page, awaited: str) -> str:

@@ -13,7 +13,7 @@ from av.video.reformatter import Colorspace
 from psd.scene.cameras import orbit_cameras
 from psd.scene.fields import ConstantBackground, Field
 from psd.scene.render import Rendering, render_views
-from psd.scene.turntable import depth_picture, export_turntable, normal_picture, turntable_frames
+from psd.scene.turntable import depth_picture, export_turntable, normal_picture, read_frame, turntable_frames
 
 
 class Ball(Field):
@@ -34,11 +34,15 @@ class Ball(Field):
         return torch.nn.functional.normalize(x, dim=-1)
 
 
-def decoded(path: Path) -> tuple[np.ndarray, av.VideoStream]:
+def decoded(path: Path) -> tuple[np.ndarray, tuple]:
+    """All frames; codec, pixel format, frames a second and colour space."""
     with av.open(str(path)) as container:
         (stream,) = container.streams
+        codec = stream.codec_context
+        # Before the container closes: what a stream says afterwards is chance.
+        facts = (codec.name, codec.pix_fmt, stream.average_rate, codec.colorspace)
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
-    return np.stack(frames), stream
+    return np.stack(frames), facts
 
 
 def gradient_frames(count: int, height: int, width: int) -> list[np.ndarray]:
@@ -50,15 +54,23 @@ def gradient_frames(count: int, height: int, width: int) -> list[np.ndarray]:
 def test_a_video_decodes_to_its_frames(tmp_path: Path):
     frames = gradient_frames(30, 64, 96)
     export_turntable(tmp_path / "orbit.mp4", iter(frames), fps=24)
-    shown, stream = decoded(tmp_path / "orbit.mp4")
+    shown, facts = decoded(tmp_path / "orbit.mp4")
     assert shown.shape == (30, 64, 96, 3)
     assert np.abs(shown.astype(int) - np.stack(frames)).mean() < 3
-    codec = stream.codec_context
-    assert (codec.name, codec.pix_fmt, stream.average_rate) == ("h264", "yuv420p", 24)
-    assert codec.colorspace == Colorspace.ITU709
+    assert facts == ("h264", "yuv420p", 24, Colorspace.ITU709)
     data = (tmp_path / "orbit.mp4").read_bytes()
     assert data.index(b"moov") < data.index(b"mdat")  # plays before it has arrived
     assert [path.name for path in tmp_path.iterdir()] == ["orbit.mp4"]
+
+
+def test_a_frame_is_found_by_its_share_of_the_round(tmp_path: Path):
+    frames = gradient_frames(8, 64, 64)
+    export_turntable(tmp_path / "orbit.mp4", iter(frames), fps=24)
+    for share, index in ((0.0, 0), (0.25, 2), (0.99, 0), (1.0, 0)):
+        assert np.abs(read_frame(tmp_path / "orbit.mp4", share).astype(int) - frames[index]).mean() < 3
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    with pytest.raises((OSError, ValueError)):
+        read_frame(tmp_path / "broken.mp4", 0)
 
 
 def test_saturated_colours_survive_the_conversion(tmp_path: Path):

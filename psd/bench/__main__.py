@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from psd.bench import image, scene
-from psd.bench.paired import heldout_scenes, measure, table
+from psd.bench.paired import contact_sheet, heldout_scenes, measure, table
 from psd.config import RunConfig
 from psd.toybox import world
 
@@ -27,9 +27,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=None, help="instead of the preset's")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, on a CPU")
-    parser.add_argument(
-        "--output", type=Path, default=None, help="values; pictures beside it (outputs/bench-MODE.json)"
-    )
+    parser.add_argument("--output", type=Path, default=None, help="values; pictures of all runs beside it")
     args = parser.parse_args()
     bench = MODES[args.mode]
     config = RunConfig.from_preset(args.preset or bench.PRESET, steps=args.steps)
@@ -49,6 +47,7 @@ def main() -> None:
         "costs": extra,
     }
     output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    contact_sheet(pictures, scenes, bench.SHEET_COLUMNS).save(output.with_suffix(".png"), optimize=True)
     print(table(found, bench.COLUMNS, bench.PLAIN, extra))
 
 

@@ -19,6 +19,7 @@ from psd.toybox import world
 from psd.toybox.evaluate import facts_of
 
 PRESET, PROMPTS, SEEDS, BATCH = "toybox-image", 40, 3, 15
+SHEET_COLUMNS = 1
 PLAIN = "DDIM (plain arm)"
 COLUMNS = {
     "target": Column("target reward", 2),

@@ -15,10 +15,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 
 from psd.export import export_png, to_uint8
 from psd.toybox import world
+from psd.toybox.pictures import sheet
 
 PROMPT_SEED = 92  # held-out scenes of the tables; defaults were tuned on others (93)
 
@@ -58,10 +60,19 @@ def measure(
     }
 
 
+def picture_of(folder: Path, job: Job) -> Path:
+    scene, seed = job
+    return folder / f"{world.caption(scene).replace(' ', '-')}-{seed}.png"
+
+
 def save_picture(folder: Path, job: Job, picture: Float[Tensor, "3 H W"]) -> None:
-    """Under the scene's caption and the seed."""
-    caption = world.caption(job[0])
-    export_png(folder / f"{caption.replace(' ', '-')}-{job[1]}.png", to_uint8(picture), {"prompt": caption})
+    export_png(picture_of(folder, job), to_uint8(picture), {"prompt": world.caption(job[0]), "seed": job[1]})
+
+
+def contact_sheet(folder: Path, scenes: list[world.Scene], columns: int) -> Image.Image:
+    """Every scene's picture of seed 0, in order: nothing is picked."""
+    shown = [np.asarray(Image.open(picture_of(folder, (scene, 0)))) for scene in scenes]
+    return sheet(shown, [world.caption(scene) for scene in scenes], columns)
 
 
 def interval(values: Float[np.ndarray, "P S"], draws: int = 4000) -> tuple[float, float, float]:

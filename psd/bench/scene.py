@@ -29,6 +29,7 @@ from psd.toybox.facts import GROUPS, check_facts, read_facts
 from psd.weights import Source
 
 PRESET, PROMPTS, SEEDS, BATCH = "toybox-fast", 20, 2, 1
+SHEET_COLUMNS = 4
 PLAIN = "without preference"
 COLUMNS = {
     "target": Column("target reward", 2),

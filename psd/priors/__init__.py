@@ -71,6 +71,10 @@ PRIORS: dict[str, PriorInfo] = {
     "toybox/sd": PriorInfo(
         Source("toybox/sd"), "Apache-2.0", 0, "Stable Diffusion in small, 128 px, knows the toybox's words.",
     ),
+    "toybox/mvdream": PriorInfo(
+        Source("toybox/mvdream"), "Apache-2.0", 0, "MVDream in small: four views at once of the toybox's objects.",
+        views=4, parts=Source("toybox/sd"), frame=TOYBOX_FRAME,
+    ),
     "stable-diffusion-v1-5/stable-diffusion-v1-5": PriorInfo(
         Source(
             "stable-diffusion-v1-5/stable-diffusion-v1-5", "451f4fe16113bff5a5d2269ed5ad43b0592e9a14", DIFFUSERS_FILES

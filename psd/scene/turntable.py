@@ -70,6 +70,17 @@ def export_turntable(path: Path, frames: Iterable[UInt8[np.ndarray, "H W 3"]], f
     partial.rename(path)
 
 
+def read_frame(path: Path, share: float) -> UInt8[np.ndarray, "H W 3"]:
+    """The frame of a turntable's video at `share` of the round; 1 is its start again. Raises OSError or ValueError."""
+    import av
+
+    with av.open(str(path)) as container:
+        frames = list(container.decode(video=0))
+    if not frames:
+        raise ValueError(f"{path.name} holds no picture")
+    return frames[round(share * len(frames)) % len(frames)].to_ndarray(format="rgb24")
+
+
 def depth_picture(seen: Rendering) -> UInt8[np.ndarray, "B H W 3"]:
     """Distance to the surface in grey, the nearest white, on black; one scale for all views.
 

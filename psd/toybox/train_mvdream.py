@@ -36,9 +36,9 @@ from psd.toybox.views import AZIMUTHS, TOYBOX_RIG, VIEW_GROUPS, VIEWS, Groups, a
 # As in psd.toybox.train: steps, batch (groups of views; single views), peak learning rate, data seed.
 STAGES |= {
     "mvdream":    ( 3000,   8, 4.0e-4, 4),
-    "views":      ( 1500,  64, 1.0e-3, 5),
+    "views":      ( 1000,  64, 1.0e-3, 5),
 }  # fmt: skip
-GROUPS_DRAWN = {4: 12288, 5: 6144}  # data seed -> how many groups
+GROUPS_DRAWN = {4: 12288, 5: 4096}  # data seed -> how many groups
 SINGLE_SHARE = 0.3  # of a step's images: pictures without a camera, as MVDream mixes them, with this share of the loss
 SINGLES_SEED = 1  # their data seed: what toybox/sd was trained on
 CAMERA_GAIN, CAMERA_STD = 4.0, 0.5  # of the camera embedding at the start, see `open_camera`

@@ -16,9 +16,11 @@ import spaces
 
 from psd.config import MAX_SEED, PRESETS, RunConfig, presets_of
 from psd.events import ARMS
+from psd.make_object import TURNTABLE_FRAMES
 from psd.priors import PRIORS
 from psd.rewards import REWARDS
 from psd.safety import RequestError, check_downloads
+from psd.scene.turntable import read_frame
 from psd.ui import api, examples, parts
 from psd.ui.api import named
 from psd.ui.form import (
@@ -61,7 +63,7 @@ LINK_VIEWERS_JS = """() => {
     }
 }"""
 # What a run changes, in the order of every update below.
-OUTPUTS = ("status", "preview", "charts", "slider", "single", "scores", "files", "with_png", "without_png",
+OUTPUTS = ("status", "preview", "charts", "slider", "angle", "single", "scores", "files", "with_png", "without_png",
            "metrics_csv", "run_json", "object", "with_video", "without_video", "object_files", "directory")  # fmt: skip
 MODELS = ("with_model", "without_model")  # set by an event of their own: see `show_models`
 
@@ -177,6 +179,10 @@ def build_results(shown: list[examples.Example]) -> tuple[dict[str, Any], dict[s
         label="With preference (left) | without (right)", interactive=False, visible=False,
         buttons=["fullscreen"], elem_id="slider", elem_classes="picture", max_height=560,
     )  # fmt: skip
+    outputs["angle"] = gr.Slider(
+        0, 360, 0, step=360 / TURNTABLE_FRAMES, label="Both from the same angle (degrees)", visible=False,
+        elem_id="angle",
+    )  # fmt: skip
     outputs["single"] = gr.Image(
         label="With preference", interactive=False, visible=False, buttons=["fullscreen"], elem_id="single",
         elem_classes="picture",
@@ -283,6 +289,10 @@ def connect(
         idle_buttons, None, run_stop, **light
     ).then(*models, **light).then(*remember, **light)
 
+    outputs["angle"].input(
+        same_angle, [outputs["directory"], outputs["angle"]], outputs["slider"], trigger_mode="always_last", **light
+    )
+
     controls["preset"].input(fill_preset, controls["preset"], inputs, **light)
     controls["mode"].input(lambda mode: fill_preset(presets_of(mode)[0]), controls["mode"], inputs, **light)
     controls["mode"].change(
@@ -335,6 +345,7 @@ def prepare(randomise: bool, allow_download: bool, *values: Any) -> list[Any]:
         status=parts.status("Waiting for the device…"),
         preview=gr.update(value=None, visible=True, label=preview_label(config.compare)),
         slider=gr.update(visible=False),
+        angle=gr.update(visible=False),
         single=gr.update(visible=False),
         scores="",
         charts="",
@@ -384,6 +395,7 @@ def show_end(result: Result, warnings: tuple[str, ...] = ()) -> list[Any]:
         slider=gr.update(value=(str(result.images["with"]), str(result.images["without"])), visible=True)
         if both
         else gr.update(visible=False),
+        angle=gr.update(value=0, visible=both and len(result.videos) == 2),
         single=gr.update(value=str(one), visible=True) if one and not both else gr.update(visible=False),
         scores=parts.score_table(result.scores, target),
         charts=parts.charts(result.rows, steps, target) or gr.skip(),
@@ -413,6 +425,14 @@ def show_models(directory: str | None) -> list[Any]:
     """The meshes of the run. An event of its own: a generator whose last item holds a new mesh leaves viewers blank."""
     models = load_result(Path(directory)).models if directory else {}
     return [gr.update(value=str(models[arm]) if arm in models else None, visible=arm in models) for arm in ARMS]
+
+
+def same_angle(directory: str | None, angle_deg: float) -> Any:
+    """Both objects at an angle of their turntables, side by side under the slider."""
+    videos = load_result(Path(directory)).videos if directory else {}
+    if len(videos) < 2:
+        return gr.skip()
+    return gr.update(value=tuple(read_frame(videos[arm], angle_deg / 360) for arm in ARMS))
 
 
 def updates(**changed: Any) -> list[Any]:

@@ -17,12 +17,13 @@ PAPER = "https://arxiv.org/abs/2603.01594"
 
 HEADER = f"""
 <header class="psd-header">
-<p class="psd-eyebrow">Text to image, guided by a reward</p>
+<p class="psd-eyebrow">Text to image and text to 3D, guided by a reward</p>
 <h1>Preference Score Distillation</h1>
-<p>At every step the picture is noised twice and a reward model says which of the two denoised guesses it likes better.
-The difference of the two guided noise predictions, <b>δ<sub>pref</sub></b>, steers the next step towards the winner,
-and the negative prompt's embedding is learned on the same reward. You see the <b>same seed, same noises</b> with and
-without this guidance, and a <b>held-out judge</b> that is never optimised tells real improvement from reward hacking.
+<p>At every step the picture, or four views of the object, is noised twice and a reward model says which of the two
+denoised guesses it likes better. The difference of the two guided noise predictions, <b>δ<sub>pref</sub></b>, steers
+the next step towards the winner, and the negative prompt's embedding is learned on the same reward. You see the
+<b>same seed, same noises</b> with and without this guidance, and a <b>held-out judge</b> that is never optimised tells
+real improvement from reward hacking.
 <a href="{PAPER}" target="_blank" rel="noopener">Read the paper</a></p>
 </header>
 """

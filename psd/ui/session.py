@@ -27,7 +27,7 @@ from psd.config import RunConfig
 from psd.events import ARMS, Downloading, Finished, Preview, Started, Step
 from psd.priors import load_prior
 from psd.rewards import REWARDS, load_reward
-from psd.run import generate
+from psd.run import MODES, generate
 from psd.safety import RequestError
 
 log = logging.getLogger(__name__)
@@ -36,8 +36,8 @@ SHOW_EVERY_S = 0.45
 KEPT_PREVIEWS = 20
 ON_ZERO_GPU = bool(os.environ.get("SPACES_ZERO_GPU"))
 # Before this process has measured a run: seconds a step of one arm, and of the files of an arm; loading is apart.
-STEP_S = {("toybox", "image"): 0.12, ("published", "image"): 0.4, ("toybox", "3d"): 0.17, ("published", "3d"): 0.5}
-EXPORT_S = {"image": 0.2, "3d": 6.0}
+STEP_S = {("toybox", "image"): 0.12, ("published", "image"): 0.4, ("toybox", "3d"): 0.25, ("published", "3d"): 0.5}
+EXPORT_S = {"image": 0.2, "3d": 4.5}
 LOAD_S = {"toybox": 1.0, "published": 20.0}
 SECOND_ARM = 0.6  # the arms share one batch: the second costs less than the first
 measured_step_s: dict[tuple[str, bool], float] = {}
@@ -195,11 +195,12 @@ def clear_errors() -> Iterator[None]:
 
 
 def warm() -> None:
-    """Load the default prior and every embedded reward, so that the first run need not; a failure is only logged:
-    the first run says it again, to somebody."""
+    """Load both modes' default priors and every embedded reward, so that the first run need not; a failure is only
+    logged: the first run says it again, to somebody."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        load_prior(RunConfig().prior, device)
+        for mode in MODES:
+            load_prior(RunConfig.from_preset(mode=mode).prior, device)
         for name in embedded_rewards():
             load_reward(name, device)
     except RequestError as error:
