@@ -15,9 +15,12 @@ from psd.safety import RequestError
 from psd.weights import Source, load_once, readable_errors
 
 if TYPE_CHECKING:
+    from psd.contracts import Reward
+    from psd.rewards.aesthetic import AestheticReward
     from psd.rewards.attributes import AttributeClassifier
     from psd.rewards.clip_scores import CLIPReward
     from psd.rewards.image_reward import ImageRewardModel
+    from psd.rewards.mps import MPSReward
 
 KEEP_LOADED = 4  # models; what was used last stays
 
@@ -46,6 +49,18 @@ def load_image_reward(name: str, info: RewardInfo, device: str) -> ImageRewardMo
     return ImageRewardModel.load_published(name, info, device)
 
 
+def load_aesthetic(name: str, info: RewardInfo, device: str) -> AestheticReward:
+    from psd.rewards.aesthetic import AestheticReward
+
+    return AestheticReward.load(name, info, device)
+
+
+def load_mps(name: str, info: RewardInfo, device: str) -> MPSReward:
+    from psd.rewards.mps import MPSReward
+
+    return MPSReward.load(name, info, device)
+
+
 @dataclass(frozen=True)
 class RewardInfo:
     """What to tell about a reward before anything is downloaded, and how it is loaded."""
@@ -53,13 +68,15 @@ class RewardInfo:
     source: Source
     licence: str
     download_mb: int  # 0: comes with the app
-    load: Callable[[str, RewardInfo, str], CLIPReward | ImageRewardModel]
+    load: Callable[[str, RewardInfo, str], Reward]
     about: str
     tokenizer: Source | None = None  # where it is not beside the weights
+    encoder: Source | None = None  # of images, where it is not beside the weights
     held_out: bool = False  # a judge: report it, do not optimise against it
 
 
 CLIP_H = Source("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "1c2b8495b28150b8a4922ee1c8edee224c284c0c")
+CLIP_L = Source("openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41")
 BERT = Source("google-bert/bert-base-uncased", "86b5e0934494bd15c9632b12f734a8a67f723594")
 
 # The revisions are the commits that published work pins.
@@ -83,6 +100,14 @@ REWARDS: dict[str, RewardInfo] = {
         Source("THUDM/ImageReward", "5736be03b2652728fb87788c9797b0570450ab72"), "Apache-2.0", 1790,
         load_image_reward, "ImageReward: about -2 to 2.", tokenizer=BERT,
     ),
+    "aesthetic": RewardInfo(
+        Source("trl-lib/ddpo-aesthetic-predictor", "7f639699bec8126062148a47ecb1a4312d8e6688"), "Apache-2.0", 1720,
+        load_aesthetic, "Aesthetic predictor V2: about 1 to 10, does not read the prompt.", encoder=CLIP_L,
+    ),
+    "mps": RewardInfo(
+        Source("RE-N-Y/mpsv1", "main"),  # its only commit with weights is daceecc; the full hash is not known here
+        "MIT", 4420, load_mps, "MPS, overall preference: about 10.", tokenizer=CLIP_H,
+    ),
 }  # fmt: skip
 
 ATTRIBUTES = Source("toybox/attributes")  # the classifier that counts a caption's facts
@@ -90,13 +115,13 @@ ATTRIBUTES = Source("toybox/attributes")  # the classifier that counts a caption
 _loaded: OrderedDict = OrderedDict()
 
 
-def load_reward(name: str, device: str = "cpu") -> CLIPReward | ImageRewardModel:
+def load_reward(name: str, device: str = "cpu") -> Reward:
     """The reward of this name on `device`, loaded once per process. Raises RequestError."""
     if name not in REWARDS:
         raise RequestError(f"There is no reward '{name}': choose one of {', '.join(REWARDS)}.")
     info = REWARDS[name]
 
-    def load() -> CLIPReward | ImageRewardModel:
+    def load() -> Reward:
         with readable_errors(name, info.source):
             return info.load(name, info, device)
 
