@@ -108,6 +108,10 @@ class RunConfig:
         "view", "3D: the pair is ranked for every view, or once for the group of views by their mean reward.",
         choices=("view", "group"), group="preference",
     )  # fmt: skip
+    view_prompts: bool = setting(
+        False, "3D: the reward reads the prompt with \", front view\" (side, back, overhead), by the view's camera.",
+        group="preference",
+    )  # fmt: skip
     rescale: float = setting(
         0.0, "3D: share of MVDream's rescaling of x0-hat to the contrast that eps_y alone has (tames a large gamma).",
         low=0.0, high=1.0, group="method",

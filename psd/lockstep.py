@@ -1,4 +1,4 @@
-"""What both modes share of a step: all arms' predictions in one forward, and the update of the negative embedding.
+"""What both modes share of a step: all arms' predictions in one forward, the scores of a pair, the update of n.
 
 Knows nothing of where x_c comes from: latents that are optimised (psd.image) or a rendered object (psd.object3d).
 """
@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from psd.contracts import Prior
+from psd.contracts import Prior, Reward
 from psd.methods import Guided, Predictions, Score, pick
 from psd.negative import NegativeEmbedding, reward_through_negative
 
@@ -38,6 +38,14 @@ def eps_of_arms(
         eps_n = next(eps).view_as(x)
         answers[name] = (eps_y, eps_n)
     return answers
+
+
+def score_noises(
+    prior: Prior, reward: Reward, x_0: Float[Tensor, "N B C h w"], prompts: list[str]
+) -> Float[Tensor, "N B"]:
+    """r(y_b, decode(x_0[n, b])) for every noise n and sample b; differentiable."""
+    images = prior.decode(x_0.flatten(0, 1)).float()
+    return reward(images, prompts * len(x_0)).view(x_0.shape[:2])
 
 
 def update_negative(

@@ -38,6 +38,7 @@ LABELS = {
     "t_anneal": "Annealing of t (3D)",
     "rescale": "Rescaling of x0 (3D)",
     "rank": "Ranking of views (3D)",
+    "view_prompts": "Name the view to the reward (3D)",
     "field": "Radiance field",
     "grid_size": "Grid (voxels)",
     "render_size": "Training renders (px)",
