@@ -38,7 +38,10 @@ class RunConfig:
     mode: str = setting("image", "What to make: a picture, or an object to turn.", choices=("image", "3d"))
     preset: str = setting("toybox-image", "Named settings that everything below starts from.")
     prior: str = setting("toybox/sd", "Diffusion model: a name of psd.priors.PRIORS, a hub id or a local folder.")
-    reward: str = setting("toybox/preference", "Reward model that ranks the two noised copies (the target).")
+    reward: str = setting(
+        "toybox/preference",
+        "Reward model that ranks the two noised copies (the target), or a weighted mixture: a + 0.5 b.",
+    )
     seed: int = setting(0, "Seed of every random number of the run.", low=0, high=MAX_SEED)
     compare: bool = setting(True, "Also run the arm without preference guidance: same seed, same noises, one batch.")
 

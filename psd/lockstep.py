@@ -12,6 +12,7 @@ from torch import Tensor
 from psd.contracts import Prior, Reward
 from psd.methods import Guided, Predictions, Score, pick
 from psd.negative import NegativeEmbedding, reward_through_negative
+from psd.rewards.mixture import Mixture
 
 
 @torch.no_grad()
@@ -43,9 +44,11 @@ def eps_of_arms(
 def score_noises(
     prior: Prior, reward: Reward, x_0: Float[Tensor, "N B C h w"], prompts: list[str]
 ) -> Float[Tensor, "N B"]:
-    """r(y_b, decode(x_0[n, b])) for every noise n and sample b; differentiable."""
+    """r(y_b, decode(x_0[n, b])) for every noise n and sample b; differentiable. A mixture learns its scales here."""
     images = prior.decode(x_0.flatten(0, 1)).float()
-    return reward(images, prompts * len(x_0)).view(x_0.shape[:2])
+    every = prompts * len(x_0)
+    scores = reward.rank(images, every, len(x_0)) if isinstance(reward, Mixture) else reward(images, every)
+    return scores.view(x_0.shape[:2])
 
 
 def update_negative(

@@ -6,6 +6,7 @@ Closing the generator cancels the run: its last state is exported and its memory
 
 from __future__ import annotations
 
+import logging
 import platform
 import time
 import uuid
@@ -27,8 +28,11 @@ from psd.make_image import MakeImage
 from psd.make_object import MakeObject
 from psd.object3d import ObjectStep
 from psd.priors import load_prior, prior_info
-from psd.rewards import REWARDS, load_reward
-from psd.safety import check_request
+from psd.rewards import REWARDS, load_reward, reward_terms
+from psd.rewards.mixture import Mixture
+from psd.safety import RequestError, check_request
+
+log = logging.getLogger(__name__)
 
 MODES = {"image": MakeImage, "3d": MakeObject}
 State = ImageStep | ObjectStep
@@ -46,7 +50,7 @@ def generate(config: RunConfig, output_root: Path | None = None, device: str | N
     check_request(config, allow_local=True)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     prior = load_prior(config.prior, device)
-    rewards = {name: load_reward(name, device) for name in (config.reward, *held_out_rewards(config.reward))}
+    rewards = load_rewards(config.reward, device)
     arms = arms_of(config)
     make = MODES[config.mode](config, arms, prior, rewards[config.reward])
     record = Record(config, Path(output_root or "outputs") / uuid.uuid4().hex[:12], make)
@@ -96,10 +100,32 @@ def arms_of(config: RunConfig) -> dict[str, RunConfig]:
     return {"with": config} | ({"without": replace(config, method="sds")} if config.compare else {})
 
 
+def load_rewards(target: str, device: str) -> dict[str, Reward]:
+    """The target, its members one by one where it is a mixture, and the held-out judges. Raises RequestError.
+
+    A published judge of which the cache lacks a file is left out: nobody asked for it. One of the app's own is a fault.
+    """
+    reward = load_reward(target, device)
+    rewards = {target: reward} | (reward.members if isinstance(reward, Mixture) else {})
+    for name in held_out_rewards(target):
+        try:
+            rewards[name] = load_reward(name, device, download=False)
+        except RequestError as error:
+            if REWARDS[name].embedded:
+                raise
+            log.warning("held-out judge is left out: %s", error)
+    return rewards
+
+
 def held_out_rewards(target: str) -> list[str]:
-    """Rewards that report beside the target: those at home in the same world that nothing was optimised against."""
-    toybox = target.startswith("toybox/")
-    return [name for name, info in REWARDS.items() if info.held_out and name != target and toybox]
+    """Rewards that report beside the target without being optimised: those at home in the same world.
+
+    For the toybox's that is the other embedded one; for published targets what the hub's cache already holds. Nothing
+    is downloaded to judge.
+    """
+    members = reward_terms(target)
+    worlds = {REWARDS[name].embedded for name in members}
+    return [name for name, info in REWARDS.items() if name not in members and info.embedded in worlds and info.is_here]
 
 
 def warnings_of(prior, config: RunConfig) -> tuple[str, ...]:
@@ -156,7 +182,7 @@ class Record:
             "config": settings, "scores": scores, "steps_done": done, "seconds": round(seconds, 3),
             "stopped": self.stopped, **remarks, "versions": versions(),
             "prior_revision": prior_info(self.config.prior).source.revision,
-            "reward_revision": REWARDS[self.config.reward].source.revision,
+            "reward_revisions": {name: REWARDS[name].source.revision for name in reward_terms(self.config.reward)},
         }  # fmt: skip
         export_json(files["run.json"], about)
         run_id = self.directory.name

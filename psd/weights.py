@@ -10,7 +10,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class Source:
 
     name: str
     revision: str = ""
+    offline: bool = field(default=False, compare=False)  # take it from the hub's cache or not at all
 
     @property
     def is_folder(self) -> bool:
@@ -41,7 +42,23 @@ class Source:
     @property
     def where(self) -> dict[str, Any]:
         """Further arguments of from_pretrained."""
-        return {"local_files_only": True} if self.is_folder else {"revision": self.revision}
+        if self.is_folder:
+            return {"local_files_only": True}
+        return {"revision": self.revision, "local_files_only": self.offline}
+
+    @property
+    def is_here(self) -> bool:
+        """Whether something of it is on this machine already; asks nobody, and does not look whether it is all."""
+        if self.is_folder:
+            return True
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        try:
+            snapshot_download(self.name, revision=self.revision, local_files_only=True)
+        except LocalEntryNotFoundError:
+            return False
+        return True
 
     def file(self, name: str) -> Path:
         """Local path of one file, downloaded if need be. Raises OSError where it does not exist."""
@@ -49,7 +66,7 @@ class Source:
             return Path(self.path) / name
         from huggingface_hub import hf_hub_download
 
-        return Path(hf_hub_download(self.name, name, revision=self.revision))
+        return Path(hf_hub_download(self.name, name, **self.where))
 
 
 def load_once(loaded: OrderedDict, key: tuple, load: Callable[[], Any], keep: int) -> Any:

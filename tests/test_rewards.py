@@ -561,7 +561,7 @@ def test_attribute_classifier_gives_log_probabilities_per_group(tmp_path):
 
 
 def test_unknown_and_missing_rewards_are_refused(monkeypatch):
-    with pytest.raises(RequestError, match=r"no reward 'clipscore': choose one of toybox/preference"):
+    with pytest.raises(RequestError, match=r"reward 'clipscore' is not known; did you mean pickscore\? Known: toybox"):
         load_reward("clipscore")
     register(monkeypatch, "gone", rewards.load_clip, Path("toybox/no-such-folder"))
     with pytest.raises(RequestError, match="folder of 'gone' is missing"):

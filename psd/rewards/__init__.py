@@ -1,4 +1,4 @@
-"""Reward models: the table REWARDS, `load_reward`, and the toybox's attribute classifier.
+"""Reward models: the table REWARDS, `load_reward` of a name or a mixture, and the toybox's attribute classifier.
 
 A reward is called as reward(images [B 3 H W] in [0, 1], prompts of length B) -> scores [B]: higher is better, raw
 scale, differentiable in the images, float32. Reading the table imports no torch.
@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from psd.safety import RequestError
+from psd.safety import RequestError, shown, unknown_name
 from psd.weights import Source, load_once, readable_errors
 
 if TYPE_CHECKING:
@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from psd.rewards.image_reward import ImageRewardModel
     from psd.rewards.mps import MPSReward
 
-KEEP_LOADED = 4  # models; what was used last stays
+KEEP_LOADED = 6  # models, a mixture or a target with its judges; what was used last stays
+MAX_MEMBERS = 4  # of a mixture
+MIN_WEIGHT, MAX_WEIGHT = 1e-3, 1e3
+EXAMPLE = "hpsv2.1 + 0.5 aesthetic"
 
 
 def load_clip(name: str, info: RewardInfo, device: str) -> CLIPReward:
@@ -74,6 +77,20 @@ class RewardInfo:
     encoder: Source | None = None  # of images, where it is not beside the weights
     held_out: bool = False  # a judge: report it, do not optimise against it
 
+    @property
+    def embedded(self) -> bool:
+        return not self.download_mb
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it can be tried without a download: a file may still be missing."""
+        return all(source.is_here for source in (self.source, self.tokenizer, self.encoder) if source)
+
+    def offline(self) -> RewardInfo:
+        """The same, from what this machine holds or not at all."""
+        parts = {"source": self.source, "tokenizer": self.tokenizer, "encoder": self.encoder}
+        return replace(self, **{name: source and replace(source, offline=True) for name, source in parts.items()})
+
 
 CLIP_H = Source("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "1c2b8495b28150b8a4922ee1c8edee224c284c0c")
 CLIP_L = Source("openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41")
@@ -115,11 +132,55 @@ ATTRIBUTES = Source("toybox/attributes")  # the classifier that counts a caption
 _loaded: OrderedDict = OrderedDict()
 
 
-def load_reward(name: str, device: str = "cpu") -> Reward:
-    """The reward of this name on `device`, loaded once per process. Raises RequestError."""
-    if name not in REWARDS:
-        raise RequestError(f"There is no reward '{name}': choose one of {', '.join(REWARDS)}.")
-    info = REWARDS[name]
+def reward_terms(text: str) -> dict[str, float]:
+    """Member -> weight of "hpsv2.1 + 0.5 aesthetic": names joined by +, a weight of 1 left out; a name is one member.
+
+    Raises RequestError.
+    """
+    terms: dict[str, float] = {}
+    parts = text.split("+")
+    if len(parts) > MAX_MEMBERS:
+        raise RequestError(f"reward mixes {len(parts)} models, at most {MAX_MEMBERS} are allowed: leave some out.")
+    for part in parts:
+        *number, name = part.split() or [""]
+        if name not in REWARDS:
+            raise RequestError(unknown_name("reward", name, REWARDS, f", or a mixture such as {EXAMPLE!r}"))
+        if name in terms:
+            raise RequestError(f"reward names {name} twice: give it once, with one weight.")
+        try:
+            weight = float(" ".join(number) or 1)
+        except ValueError:
+            weight = 0.0
+        if not MIN_WEIGHT <= weight <= MAX_WEIGHT:  # nan is not, either
+            raise RequestError(
+                f"reward weight of {name} must be a number from {MIN_WEIGHT:g} to {MAX_WEIGHT:g}, "
+                f"as in {EXAMPLE!r}, got {shown(' '.join(number))}."
+            )
+        terms[name] = weight
+    return terms
+
+
+def is_mixture(text: str) -> bool:
+    """Whether a reward is more than a name. Raises RequestError."""
+    return text.strip() not in reward_terms(text)
+
+
+def load_reward(text: str, device: str = "cpu", download: bool = True) -> Reward:
+    """The reward of this name, or a mixture (`reward_terms`), on `device`. Raises RequestError.
+
+    A model is loaded once per process. A mixture of them is new every time: its scales belong to one run.
+    `download` false: a file that is not on this machine is a refusal.
+    """
+    if not is_mixture(text):
+        return _load_model(text.strip(), device, download)
+    from psd.rewards.mixture import Mixture
+
+    terms = reward_terms(text)
+    return Mixture({name: _load_model(name, device, download) for name in terms}, terms, device)
+
+
+def _load_model(name: str, device: str, download: bool) -> Reward:
+    info = REWARDS[name] if download else REWARDS[name].offline()
 
     def load() -> Reward:
         with readable_errors(name, info.source):

@@ -6,6 +6,7 @@ Controls, presets, share links and dropped files all speak `RunConfig.to_dict()`
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ from PIL import Image
 
 from psd.config import MAX_PROMPT_CHARS, PRESETS, RunConfig
 from psd.priors import PRIORS
-from psd.rewards import REWARDS
+from psd.rewards import REWARDS, reward_terms
 from psd.safety import RequestError, check_name, check_request
 from psd.scene.mesh import read_glb_extras
 
@@ -210,10 +211,11 @@ def copy_link_js() -> str:
 
 def model_note(prior: str, reward: str) -> str:
     """What the chosen models are, their licence and download, to be read before anything is downloaded."""
+    infos = {prior: PRIORS[prior]} if prior in PRIORS else {}
+    with contextlib.suppress(RequestError):  # half a mixture, still being typed
+        infos |= {name: REWARDS[name] for name in reward_terms(reward or "")}
     notes = []
-    for name, table in ((prior, PRIORS), (reward, REWARDS)):
-        if name in table:
-            info = table[name]
-            size = f"{info.download_mb} MB to download" if info.download_mb else "included"
-            notes.append(f"**{name}** · {info.about} {info.licence}, {size}.")
+    for name, info in infos.items():
+        size = f"{info.download_mb} MB to download" if info.download_mb else "included"
+        notes.append(f"**{name}** · {info.about} {info.licence}, {size}.")
     return "\n\n".join(notes)
