@@ -103,14 +103,15 @@ def arms_of(config: RunConfig) -> dict[str, RunConfig]:
 def load_rewards(target: str, device: str) -> dict[str, Reward]:
     """The target, its members one by one where it is a mixture, and the held-out judges. Raises RequestError.
 
-    A published judge of which the cache lacks a file is left out: nobody asked for it. One of the app's own is a fault.
+    A published judge that lacks a file or finds no room on the device is left out: nobody asked for it. One of the
+    app's own is a fault.
     """
     reward = load_reward(target, device)
     rewards = {target: reward} | (reward.members if isinstance(reward, Mixture) else {})
     for name in held_out_rewards(target):
         try:
             rewards[name] = load_reward(name, device, download=False)
-        except RequestError as error:
+        except (RequestError, torch.OutOfMemoryError) as error:
             if REWARDS[name].embedded:
                 raise
             log.warning("held-out judge is left out: %s", error)

@@ -230,6 +230,17 @@ def test_a_judge_is_never_downloaded(cache: Path, monkeypatch, caplog):
     assert REWARDS["hpsv2.1"].offline().source == REWARDS["hpsv2.1"].source  # one loaded model serves both
 
 
+def test_a_judge_that_finds_no_room_is_left_out(cache: Path, monkeypatch, caplog):
+    def load(name: str, info, device: str):
+        raise torch.OutOfMemoryError("no room")
+
+    here = replace(REWARDS["toybox/preference"], download_mb=1)
+    monkeypatch.setitem(REWARDS, "pickscore", here)
+    monkeypatch.setitem(REWARDS, "mps", replace(here, source=Source("toybox/large"), load=load))
+    assert list(run.load_rewards("pickscore", "cpu")) == ["pickscore"]
+    assert "held-out judge is left out: no room" in caplog.text
+
+
 def test_a_broken_judge_of_the_app_is_a_fault(monkeypatch):
     broken = replace(REWARDS["toybox/judge"], source=Source("toybox/no-such-folder"))
     monkeypatch.setitem(REWARDS, "toybox/judge", broken)

@@ -33,9 +33,7 @@ FF_MULT = 4
 class MPSReward(CLIPReward):
     """r(y, image) = exp(logit_scale) * cos(text(y), cross(image tokens, relevant tokens of y)[0]); about 10."""
 
-    def __init__(
-        self, name: str, licence: str, model, cross: CrossModel, tokenizer, mean: Tensor, std: Tensor
-    ):  # fmt: skip
+    def __init__(self, name: str, licence: str, model, cross: CrossModel, tokenizer, mean: Tensor, std: Tensor):
         super().__init__(name, licence, model, tokenizer, mean, std)
         self.cross = cross
 
@@ -113,9 +111,9 @@ class CrossModel(nn.Module):
     def forward(
         self, x: Float[Tensor, "B T D"], context: Float[Tensor, "B L D"], keep: Bool[Tensor, "B L"]
     ) -> Float[Tensor, "B T D"]:
-        for cross, self_ in self.layers:
+        for cross, own in self.layers:
             x = x + cross["fn"](x, context, keep)
-            x = x + self_["fn"](x)
+            x = x + own["fn"](x)
         return x
 
 
