@@ -164,7 +164,7 @@ def follow(config: RunConfig, output: Path, quiet: bool, allow_download: bool) -
 def print_list() -> None:
     """Presets with what they set, then every prior and reward with licence and size."""
     from psd.priors import PRIORS
-    from psd.rewards import REWARDS
+    from psd.rewards import EXAMPLE, REWARDS
 
     print("presets (--preset)")
     for name, settings in PRESETS.items():
@@ -174,7 +174,8 @@ def print_list() -> None:
         for name, info in table.items():
             size = f"{info.download_mb} MB to download" if info.download_mb else "included"
             print(f"  {name}: {info.licence}, {size}. {info.about}")
-    print("\nA prior may also be a hub id (org/name) or the path of a diffusers folder.")
+    print("\nA prior may also be a hub id (org/name) or the path of a diffusers folder, ", end="")
+    print(f"a reward a mixture such as {EXAMPLE!r}.")
 
 
 def describe_rewards(metrics: dict[str, float]) -> str:

@@ -82,9 +82,9 @@ def fetched(source: Source) -> Source:
     return Source(str(folder))
 
 
-def is_cached(source: Source) -> bool:
-    """Whether `source` can be read without a download. Uses no network."""
-    return source.is_folder or cached_folder(source) is not None
+def is_cached(*sources: Source) -> bool:
+    """Whether all `sources` can be read without a download. Uses no network."""
+    return all(source.is_folder or cached_folder(source) is not None for source in sources)
 
 
 def cached_folder(source: Source) -> Path | None:

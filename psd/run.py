@@ -6,6 +6,7 @@ Closing the generator cancels the run: its last state is exported and its memory
 
 from __future__ import annotations
 
+import logging
 import platform
 import time
 import uuid
@@ -28,8 +29,11 @@ from psd.make_image import MakeImage
 from psd.make_object import MakeObject
 from psd.object3d import ObjectStep
 from psd.priors import load_prior, prior_info
-from psd.rewards import REWARDS, held_out_rewards, load_reward
-from psd.safety import check_downloads, check_request, missing_models
+from psd.rewards import REWARDS, held_out_rewards, load_reward, reward_terms
+from psd.rewards.mixture import Mixture
+from psd.safety import RequestError, check_downloads, check_request, missing_models
+
+log = logging.getLogger(__name__)
 
 MODES = {"image": MakeImage, "3d": MakeObject}
 State = ImageStep | ObjectStep
@@ -53,7 +57,7 @@ def generate(
             yield from download(source)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     prior = load_prior(config.prior, device)
-    rewards = {name: load_reward(name, device) for name in (config.reward, *held_out_rewards(config.reward))}
+    rewards = load_rewards(config.reward, device)
     arms = arms_of(config)
     make = MODES[config.mode](config, arms, prior, rewards[config.reward])
     record = Record(config, Path(output_root or "outputs") / uuid.uuid4().hex[:12], make)
@@ -101,6 +105,24 @@ def generate(
 def arms_of(config: RunConfig) -> dict[str, RunConfig]:
     """Arm -> its settings. "without" is plain score distillation with the pair's first noise."""
     return {"with": config} | ({"without": replace(config, method="sds")} if config.compare else {})
+
+
+def load_rewards(target: str, device: str) -> dict[str, Reward]:
+    """The target, its members one by one where it is a mixture, and the held-out judges. Raises RequestError.
+
+    A published judge that is damaged or finds no room on the device is left out: nobody asked for it. One of the app's
+    own is a fault.
+    """
+    reward = load_reward(target, device)
+    rewards = {target: reward} | (reward.members if isinstance(reward, Mixture) else {})
+    for name in held_out_rewards(target):
+        try:
+            rewards[name] = load_reward(name, device)
+        except (RequestError, torch.OutOfMemoryError) as error:
+            if REWARDS[name].embedded:
+                raise
+            log.warning("held-out judge is left out: %s", error)
+    return rewards
 
 
 def warnings_of(prior, config: RunConfig) -> tuple[str, ...]:
@@ -157,7 +179,7 @@ class Record:
             "config": settings, "scores": scores, "steps_done": done, "seconds": round(seconds, 3),
             "stopped": self.stopped, **remarks, "versions": versions(),
             "prior_revision": prior_info(self.config.prior).source.revision,
-            "reward_revision": REWARDS[self.config.reward].source.revision,
+            "reward_revisions": {name: REWARDS[name].source.revision for name in reward_terms(self.config.reward)},
         }  # fmt: skip
         export_json(files["run.json"], about)
         run_id = self.directory.name

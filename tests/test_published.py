@@ -24,6 +24,7 @@ CASES = {
     "sd15": dict(**SMALL, prior=SD15, reward="hpsv2.1"),
     "sd21": dict(**SMALL, prior=SD21, reward="pickscore"),
     "mvdream": dict(**SMALL, **OBJECT, prior=MVDREAM, reward="imagereward"),
+    "mixture": dict(**SMALL, prior=SD15, reward="mps + 0.5 aesthetic"),
     "sd15 again": dict(**SMALL, prior=SD15, reward="hpsv2.1"),
 }
 
@@ -67,6 +68,15 @@ def test_a_published_model_is_downloaded_and_runs(runs: dict[str, dict], case: s
     assert [*made["scores"]] == ["with", "without"] and reward in made["scores"]["with"]
     wanted = {"with.glb", "with.mp4", "with.ply"} if case == "mvdream" else {"with.png", "without.png", "run.json"}
     assert wanted <= made["files"].keys()
+
+
+def test_a_mixture_downloads_its_members_and_is_judged_by_what_is_cached(runs: dict[str, dict]):
+    made, members = runs["mixture"], ["mps", "aesthetic"]
+    assert made["missing"] == members  # the prior and mps's tokenizer came before
+    assert made["told"] == [REWARDS["mps"].source.name, *(source.name for source in REWARDS["aesthetic"].sources)]
+    judges = {"hpsv2.1", "pickscore", "imagereward"}
+    assert made["scores"]["with"].keys() == {CASES["mixture"]["reward"], *members, *judges}
+    assert runs["sd15"]["scores"]["with"].keys() == {"hpsv2.1"}
 
 
 def test_a_second_run_asks_the_hub_for_nothing(runs: dict[str, dict], hub: LocalHub):

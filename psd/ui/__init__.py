@@ -18,7 +18,7 @@ from psd.config import MAX_SEED, PRESETS, RunConfig, presets_of
 from psd.events import ARMS
 from psd.make_object import TURNTABLE_FRAMES
 from psd.priors import PRIORS
-from psd.rewards import REWARDS
+from psd.rewards import EXAMPLE, REWARDS
 from psd.safety import RequestError, check_downloads
 from psd.scene.turntable import read_frame
 from psd.ui import api, examples, parts
@@ -128,7 +128,9 @@ def build_settings() -> tuple[dict[str, Any], dict[str, Any]]:
         with gr.Row():
             controls["prior"] = dropdown("prior", PRIORS, help_line("prior"))
             targets = [name for name, info in REWARDS.items() if not info.held_out]
-            controls["reward"] = dropdown("reward", targets, "Model whose preference guides.")
+            controls["reward"] = dropdown(
+                "reward", targets, f"Model whose preference guides; type a mixture such as {EXAMPLE}.", custom=True
+            )
         defaults = RunConfig()
         form["models"] = gr.Markdown(model_note(defaults.prior, defaults.reward), elem_classes="psd-note", padding=True)
         form["allow_download"] = gr.Checkbox(**download_box(defaults.prior, defaults.reward), elem_id="allow_download")
@@ -161,10 +163,11 @@ def html(value: str = "", **options: Any) -> gr.HTML:
     return gr.HTML(value, apply_default_css=False, **options)
 
 
-def dropdown(name: str, choices: Iterable[str], info: str) -> gr.Dropdown:
+def dropdown(name: str, choices: Iterable[str], info: str, custom: bool = False) -> gr.Dropdown:
     return gr.Dropdown(
-        list(choices), value=FIELDS[name].default, label=label(name), info=info, elem_id=name, filterable=False
-    )
+        list(choices), value=FIELDS[name].default, label=label(name), info=info, elem_id=name, filterable=custom,
+        allow_custom_value=custom,
+    )  # fmt: skip
 
 
 def build_results(shown: list[examples.Example]) -> tuple[dict[str, Any], dict[str, Any]]:

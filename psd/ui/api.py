@@ -32,7 +32,7 @@ Returns:
         first step; finished is true in the last item.
     with_preference: the arm with preference guidance (last item only).
     without_preference: the same seed without it, unless compare is false (last item only).
-    scores: raw scores of both arms; the target reward and the held-out judge (last item only).
+    scores: raw scores of both arms; the target reward, a mixture's members, the held-out judges (last item only).
     files: both arms' PNG with all settings in their metadata, metrics.csv, run.json (last item only).
 """
 

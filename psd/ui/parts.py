@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -9,7 +10,8 @@ from html import escape
 from psd.config import PRESETS, RunConfig
 from psd.plots import Series, line_chart
 from psd.priors import PRIORS
-from psd.rewards import REWARDS
+from psd.rewards import REWARDS, reward_terms
+from psd.safety import RequestError
 from psd.ui.form import ALLOW_DOWNLOAD_HELP, FIELDS, help_line
 from psd.ui.session import View
 
@@ -29,6 +31,7 @@ real improvement from reward hacking.
 """
 
 TARGET_TAG = '<span class="psd-tag target">target</span>'
+MEMBER_TAG = '<span class="psd-tag target">part of the target</span>'
 HELD_OUT_TAG = '<span class="psd-tag">held-out: reward-hacking check</span>'
 
 
@@ -113,6 +116,9 @@ def score_table(scores: Mapping[str, Mapping[str, float]], target: str) -> str:
         return ""
     names = list(dict.fromkeys(name for arm in scores.values() for name in arm))
     names.sort(key=lambda name: name != target)
+    members: Mapping[str, float] = {}
+    with contextlib.suppress(RequestError):  # another version's run may name what is unknown here
+        members = reward_terms(target)
     both = {"with", "without"} <= scores.keys()
     head = "".join(f"<th scope='col'>{escape(arm)}</th>" for arm in [*scores, *(["change"] if both else [])])
     body = ""
@@ -123,7 +129,7 @@ def score_table(scores: Mapping[str, Mapping[str, float]], target: str) -> str:
             change = values["with"] - values["without"]
             kind = "up" if change > 0 else "down" if change < 0 else ""
             cells += f"<td data-label='change' class='{kind}'>{f'{change:+.3f}' if math.isfinite(change) else '–'}</td>"
-        tag = TARGET_TAG if name == target else HELD_OUT_TAG
+        tag = TARGET_TAG if name == target else MEMBER_TAG if name in members else HELD_OUT_TAG
         body += f"<tr><th scope='row'>{escape(name)} {tag}</th>{cells}</tr>"
     return (
         f"<table class='psd-scores'><caption>Scores of the results, higher is better</caption>"

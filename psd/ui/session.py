@@ -209,4 +209,4 @@ def warm() -> None:
 
 def embedded_rewards() -> list[str]:
     """Rewards whose weights ship with this repository: scoring with them downloads nothing."""
-    return [name for name, info in REWARDS.items() if not info.download_mb]
+    return [name for name, info in REWARDS.items() if info.embedded]
