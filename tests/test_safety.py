@@ -101,7 +101,7 @@ def test_choices_are_listed(name: str):
 def test_near_misses_are_answered_with_the_nearest_name():
     assert "did you mean centred?" in refusal(pref_form="centered")
     assert "did you mean toybox-quick" in refusal(preset="toybox-quik")
-    assert "did you mean toybox/sd?" in refusal(prior="toybox/sdd")
+    assert "did you mean toybox/sd or" in refusal(prior="toybox/sdd")
     assert "did you mean toybox/preference" in refusal(reward="Toybox/Preferences")
 
 
