@@ -1,4 +1,7 @@
-"""Precompute the page's examples: `python examples/make_results.py` runs every entry of prompts.json, both arms."""
+"""Precompute the page's examples: `python examples/make_results.py` runs the entries of prompts.json, both arms.
+
+With titles as arguments only those are run anew.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +21,16 @@ def main() -> None:
     entries = json.loads((HERE / "prompts.json").read_text(encoding="utf-8"))
     index = []
     for entry in entries:
+        slug = re.sub(r"[^a-z0-9]+", "-", entry["title"].lower()).strip("-")
+        index.append({"slug": slug, "title": entry["title"]})
+        if sys.argv[1:] and entry["title"] not in sys.argv[1:]:
+            continue
         config = RunConfig.from_preset(**entry["config"])
         *_, last = generate(config, HERE / ".runs")
-        slug = re.sub(r"[^a-z0-9]+", "-", entry["title"].lower()).strip("-")
+        for heavy in (file for file in last.files.values() if file.suffix in (".ply", ".zip")):
+            heavy.unlink()  # the GLB holds the same mesh
         shutil.rmtree(HERE / slug, ignore_errors=True)
         last.directory.rename(HERE / slug)
-        index.append({"slug": slug, "title": entry["title"]})
         print(slug, last.scores)
     shutil.rmtree(HERE / ".runs", ignore_errors=True)
     (HERE / "index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -216,9 +216,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         pref_form="paper", pref_weight=1.0, negative_lr=0.0, negative_prompt=SD_NEGATIVE,
     ),
     "toybox-fast": dict(
-        mode="3d", prior="toybox/mvdream", reward="toybox/preference", steps=300, gamma=7.5, weighting="recon",
-        pref_weight=0.3, pref_interval=2, negative_interval=2, negative_lr=1e-3, lr=0.05, samples=24,
-        mesh_faces=12_000,
+        mode="3d", prior="toybox/mvdream", reward="toybox/preference", steps=150, gamma=2.5, weighting="recon",
+        pref_weight=0.6, pref_interval=2, negative_lr=3e-3, lr=0.3, samples=24, lambda_opacity=60.0,
+        lambda_smooth=0.005, mesh_faces=12_000,
     ),
     "mvdream-fast": dict(
         **MVDREAM, steps=1000, gamma=7.5, pref_interval=2, negative_interval=2, grid_size=96, render_size=64,

@@ -63,7 +63,7 @@ class MakeObject:
 
     def preview(self, state: ObjectStep, views: Tensor) -> np.ndarray:
         """Four sides of every arm's object, a row an arm; always from the same cameras, so that nothing jumps."""
-        rows = [self._look(arm, self._around(PREVIEW_VIEWS), PREVIEW_PX).rgb for arm in self.arms.values()]
+        rows = [self._look(arm, self._around(PREVIEW_VIEWS), PREVIEW_PX, fine=1).rgb for arm in self.arms.values()]
         return to_uint8(torch.cat([torch.cat(list(row), -1) for row in rows], -2).clamp(0, 1))
 
     def export(
@@ -129,10 +129,13 @@ class MakeObject:
         export_obj_zip(mesh, files[f"{name}.zip"])
         return files, mesh.report
 
-    def _look(self, arm: ObjectArm, cameras: Cameras, size: int, with_normals: bool = False) -> Rendering:
+    def _look(
+        self, arm: ObjectArm, cameras: Cameras, size: int, with_normals: bool = False, fine: int = 2
+    ) -> Rendering:
+        """With `fine` times the samples of a training render."""
         return render_views(
             arm.field, arm.background, cameras.to(self.prior.device), size,
-            samples=2 * self.config.samples, occupancy=arm.occupancy, with_normals=with_normals,
+            samples=fine * self.config.samples, occupancy=arm.occupancy, with_normals=with_normals,
         )  # fmt: skip
 
     def _around(self, count: int, azimuth_deg: float = 0.0) -> Cameras:

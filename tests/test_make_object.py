@@ -114,5 +114,5 @@ def test_same_seed_same_pictures(config: RunConfig, tmp_path: Path):
 
 
 def test_a_prior_of_single_pictures_is_refused():
-    with pytest.raises(RequestError, match="'toybox/sd' draws single pictures: for mode 3d choose ashawkey/mvdream"):
+    with pytest.raises(RequestError, match="'toybox/sd' draws single pictures: for mode 3d choose toybox/mvdream"):
         check_request(RunConfig(prompt="x", mode="3d"))
