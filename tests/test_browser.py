@@ -220,7 +220,7 @@ def viewer(page: Page, arm: str, path: Path) -> np.ndarray:
     canvas.wait_for(timeout=RUN_MS)
     for _ in range(60):
         canvas.screenshot(path=path)
-        picture = np.asarray(Image.open(path).convert("RGB")).astype(float)
+        picture = np.asarray(Image.open(path).convert("RGB")).astype(float)[40:]  # below label and buttons
         if picture.std((0, 1)).max() > 5:
             break
         page.wait_for_timeout(500)
