@@ -15,8 +15,8 @@ from contextlib import closing
 from pathlib import Path
 
 from psd.config import MAX_SEED, PRESETS, RunConfig
-from psd.events import Finished, Started, Step
-from psd.safety import RequestError, allowed, check_name, check_request
+from psd.events import Downloading, Finished, Started, Step
+from psd.safety import RequestError, allowed, check_name, check_request, missing_models, told
 
 EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -35,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     given = vars(parser.parse_args(argv))
     show_list, quiet = given.pop("list"), given.pop("quiet")
     output, randomize_seed = given.pop("output"), given.pop("randomize_seed")
+    allow_download = given.pop("allow_download")
     if show_list:
         print_list()
         return 0
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         config = RunConfig.from_preset(**given)
         check_request(config, allow_local=True)
         make_folder(output)
-        return follow(config, output, quiet)
+        return follow(config, output, quiet, allow_download)
     except RequestError as error:
         return complain(error, EXIT_REFUSED)
     except OSError as error:  # a full disk, a lost mount: the machine's trouble, not a bug to trace
@@ -66,6 +67,10 @@ def build_parser() -> argparse.ArgumentParser:
     for field in dataclasses.fields(RunConfig):
         add_flag(groups[field.metadata["group"]], field)
     groups["main"].add_argument("--randomize-seed", action="store_true", help="Draw the seed; it is printed.")
+    groups["run"].add_argument(
+        "--allow-download", action=argparse.BooleanOptionalAction, default=True,
+        help="Fetch models that are not on this machine yet; what they are is said first (default: on).",
+    )  # fmt: skip
     other = parser.add_argument_group("output")
     other.add_argument(
         "--output", type=Path, default=Path("outputs"), metavar="DIR",
@@ -117,20 +122,26 @@ def make_folder(output: Path) -> None:
         raise RequestError(f"output {str(output)!r} cannot be written to; give another --output.")
 
 
-def follow(config: RunConfig, output: Path, quiet: bool) -> int:
+def follow(config: RunConfig, output: Path, quiet: bool, allow_download: bool) -> int:
     """Drain the run's events into the progress bar, then print what it made."""
     directory = finished = None
+    missing = missing_models(config)
     try:
         from tqdm import tqdm
 
         from psd.run import generate
 
         with (
-            closing(generate(config, output_root=output)) as events,
+            closing(generate(config, output_root=output, allow_download=allow_download)) as events,
             tqdm(total=config.steps, unit="step", disable=quiet, desc="loading models", leave=False) as bar,
         ):
             for event in events:
-                if isinstance(event, Started):
+                if isinstance(event, Downloading):
+                    if missing:
+                        bar.write(f"downloading {told(missing)}", file=sys.stderr)
+                        missing = {}
+                    bar.set_description(f"downloading {event.name}, {event.done_mb:.0f} of {event.total_mb:.0f} MB")
+                elif isinstance(event, Started):
                     directory = event.directory
                     bar.reset()  # the time models took to load says nothing about the steps
                     bar.set_description(f"seed {config.seed}")
@@ -153,7 +164,7 @@ def follow(config: RunConfig, output: Path, quiet: bool) -> int:
 def print_list() -> None:
     """Presets with what they set, then every prior and reward with licence and size."""
     from psd.priors import PRIORS
-    from psd.rewards import REWARDS
+    from psd.rewards import EXAMPLE, REWARDS
 
     print("presets (--preset)")
     for name, settings in PRESETS.items():
@@ -163,7 +174,8 @@ def print_list() -> None:
         for name, info in table.items():
             size = f"{info.download_mb} MB to download" if info.download_mb else "included"
             print(f"  {name}: {info.licence}, {size}. {info.about}")
-    print("\nA prior may also be a hub id (org/name) or the path of a diffusers folder.")
+    print("\nA prior may also be a hub id (org/name) or the path of a diffusers folder, ", end="")
+    print(f"a reward a mixture such as {EXAMPLE!r}.")
 
 
 def describe_rewards(metrics: dict[str, float]) -> str:

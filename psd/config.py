@@ -38,7 +38,10 @@ class RunConfig:
     mode: str = setting("image", "What to make: a picture, or an object to turn.", choices=("image", "3d"))
     preset: str = setting("toybox-image", "Named settings that everything below starts from.")
     prior: str = setting("toybox/sd", "Diffusion model: a name of psd.priors.PRIORS, a hub id or a local folder.")
-    reward: str = setting("toybox/preference", "Reward model that ranks the two noised copies (the target).")
+    reward: str = setting(
+        "toybox/preference",
+        "Reward model that ranks the two noised copies (the target), or a weighted mixture: a + 0.5 b.",
+    )
     seed: int = setting(0, "Seed of every random number of the run.", low=0, high=MAX_SEED)
     compare: bool = setting(True, "Also run the arm without preference guidance: same seed, same noises, one batch.")
 
@@ -107,6 +110,10 @@ class RunConfig:
     rank: str = setting(
         "view", "3D: the pair is ranked for every view, or once for the group of views by their mean reward.",
         choices=("view", "group"), group="preference",
+    )  # fmt: skip
+    view_prompts: bool = setting(
+        False, "3D: the reward reads the prompt with \", front view\" (side, back, overhead), by the view's camera.",
+        group="preference",
     )  # fmt: skip
     rescale: float = setting(
         0.0, "3D: share of MVDream's rescaling of x0-hat to the contrast that eps_y alone has (tames a large gamma).",

@@ -1,6 +1,7 @@
 """What `psd.generate` yields. Plain data on the CPU: safe to pickle, to show, to write.
 
-Order of a run: one `Started`, then `Step`s with `Preview`s between them, then one `Finished`.
+Order of a run: `Downloading` while models are fetched that are used for the first time, one `Started`, then `Step`s
+with `Preview`s between them, then one `Finished`.
 A cancelled generator ends without `Finished`; the files written so far stay in `Started.directory`.
 """
 
@@ -16,6 +17,15 @@ if TYPE_CHECKING:
     from psd.config import RunConfig
 
 ARMS = ("with", "without")  # with and without preference guidance, in this order everywhere
+
+
+@dataclass(frozen=True)
+class Downloading:
+    """A repository is being brought into the hub's cache; told twice a second."""
+
+    name: str
+    done_mb: float
+    total_mb: float
 
 
 @dataclass(frozen=True)

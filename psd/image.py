@@ -17,7 +17,7 @@ from torch import Tensor
 from psd import guidance
 from psd.config import RunConfig
 from psd.contracts import Prior, Reward
-from psd.lockstep import eps_of_arms, update_negative
+from psd.lockstep import eps_of_arms, score_noises, update_negative
 from psd.methods import METHODS, Guided, Predictions, Score
 from psd.negative import NegativeEmbedding
 from psd.schedule import NoiseSchedule, descending_timesteps, shift_timestep
@@ -69,7 +69,7 @@ def scorer(prior: Prior, reward: Reward, prompts: list[str]) -> Score:
     """r(y_b, decode(x_0[n, b])) for every noise n and sample b; differentiable."""
 
     def score(x_0: Float[Tensor, "N B C h w"]) -> Float[Tensor, "N B"]:
-        return reward(prior.decode(x_0.flatten(0, 1)).float(), prompts * len(x_0)).view(x_0.shape[:2])
+        return score_noises(prior, reward, x_0, prompts)
 
     return score
 

@@ -1,4 +1,4 @@
-"""What both modes share of a step: all arms' predictions in one forward, and the update of the negative embedding.
+"""What both modes share of a step: all arms' predictions in one forward, the scores of a pair, the update of n.
 
 Knows nothing of where x_c comes from: latents that are optimised (psd.image) or a rendered object (psd.object3d).
 """
@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from psd.contracts import Prior
+from psd.contracts import Prior, Reward
 from psd.methods import Guided, Predictions, Score, pick
 from psd.negative import NegativeEmbedding, reward_through_negative
+from psd.rewards.mixture import Mixture
 
 
 @torch.no_grad()
@@ -38,6 +39,16 @@ def eps_of_arms(
         eps_n = next(eps).view_as(x)
         answers[name] = (eps_y, eps_n)
     return answers
+
+
+def score_noises(
+    prior: Prior, reward: Reward, x_0: Float[Tensor, "N B C h w"], prompts: list[str]
+) -> Float[Tensor, "N B"]:
+    """r(y_b, decode(x_0[n, b])) for every noise n and sample b; differentiable. A mixture learns its scales here."""
+    images = prior.decode(x_0.flatten(0, 1)).float()
+    every = prompts * len(x_0)
+    scores = reward.rank(images, every, len(x_0)) if isinstance(reward, Mixture) else reward(images, every)
+    return scores.view(x_0.shape[:2])
 
 
 def update_negative(

@@ -46,7 +46,7 @@ class MakeObject:
 
     def steps(self) -> Iterator[ObjectStep]:
         config, prior, frame = self.config, self.prior, self.frame
-        score = view_scorer(prior, self.reward, config.prompt, config.rank)
+        score = view_scorer(prior, self.reward, config.prompt, config.rank, config.view_prompts)
         rig = Rig(frame.fovy_deg, frame.distance, frame.elevation_deg)
         generator = torch.Generator().manual_seed(config.seed)
         return distil_object(prior, score, prior.embed([config.prompt]), self.arms, rig, generator)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,10 +19,10 @@ from torch import Tensor, nn
 
 from psd.config import RunConfig
 from psd.contracts import Prior, Reward
-from psd.lockstep import eps_of_arms, update_negative
-from psd.methods import METHODS, Predictions, Score
+from psd.lockstep import eps_of_arms, score_noises, update_negative
+from psd.methods import METHODS, Predictions
 from psd.negative import NegativeEmbedding
-from psd.scene.cameras import Rig, camera_embedding, sample_cameras
+from psd.scene.cameras import Cameras, Rig, camera_embedding, sample_cameras, view_names
 from psd.scene.fields import HashField, VoxelField
 from psd.scene.losses import opacity_loss, orientation_loss, z_variance_loss
 from psd.scene.render import Occupancy, Rendering, render
@@ -31,6 +32,8 @@ BLOB_DENSITY = 10.0  # in the middle of the ball that a field starts from
 OCCUPANCY_EVERY = 16  # steps
 RANDOM_BACKGROUND_SHARE = 0.5  # of the steps, where a background is learned: it must not do the object's work
 BAD_STEPS = 20  # in a row until a run is given up
+
+ViewScore = Callable[[Float[Tensor, "N V C h w"], Cameras], Float[Tensor, "N V"]]  # psd.methods.Score, once bound
 
 
 class ObjectStep(NamedTuple):
@@ -120,12 +123,15 @@ def painted(colour: Float[Tensor, " 3"]) -> Callable[[Float[Tensor, "R 3"]], Flo
     return lambda directions: colour.expand_as(directions)
 
 
-def view_scorer(prior: Prior, reward: Reward, prompt: str, rank: str) -> Score:
-    """r(y, decode(x_0)) of every noise and view; with rank "group" every view of a noise has their mean."""
+def view_scorer(prior: Prior, reward: Reward, prompt: str, rank: str, view_prompts: bool = False) -> ViewScore:
+    """r(y, decode(x_0)) of every noise and view; with rank "group" every view of a noise has their mean.
 
-    def score(x_0: Float[Tensor, "N V C h w"]) -> Float[Tensor, "N V"]:
-        rewards = reward(prior.decode(x_0.flatten(0, 1)).float(), [prompt] * (len(x_0) * x_0.shape[1]))
-        rewards = rewards.view(x_0.shape[:2])
+    With `view_prompts` the reward reads y as "y, front view" and so on, by the view's camera.
+    """
+
+    def score(x_0: Float[Tensor, "N V C h w"], cameras: Cameras) -> Float[Tensor, "N V"]:
+        suffixes = [f", {name} view" if view_prompts else "" for name in view_names(cameras)]
+        rewards = score_noises(prior, reward, x_0, [prompt + suffix for suffix in suffixes])
         return rewards.mean(1, keepdim=True).expand_as(rewards) if rank == "group" else rewards
 
     return score
@@ -133,7 +139,7 @@ def view_scorer(prior: Prior, reward: Reward, prompt: str, rank: str) -> Score:
 
 def distil_object(
     prior: Prior,
-    score: Score,
+    view_score: ViewScore,
     y: Float[Tensor, "1 L D"],
     arms: dict[str, ObjectArm],
     rig: Rig,
@@ -152,7 +158,7 @@ def distil_object(
     for step in range(shared.steps):
         share = step / shared.steps
         cameras = sample_cameras(rig, views, generator).to(device)
-        poses = camera_embedding(cameras.c2w)
+        poses, score = camera_embedding(cameras.c2w), partial(view_score, cameras=cameras)
         t = anneal_timestep(shared, share, len(prior.alphas_cumprod), torch.rand((), generator=generator).item())
         alpha_t, sigma_t = schedule.alpha_t(t), schedule.sigma_t(t)
         fresh = torch.randn((2, views, *prior.latent_shape), generator=generator).to(device)

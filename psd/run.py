@@ -1,11 +1,12 @@
 """generate(config): the whole product in one loop. START HERE.
 
-RunConfig -> check_request -> load prior and rewards -> steps of the mode -> scores and files, told as events.
+RunConfig -> check_request -> download and load the models -> steps of the mode -> scores and files, told as events.
 Closing the generator cancels the run: its last state is exported and its memory freed.
 """
 
 from __future__ import annotations
 
+import logging
 import platform
 import time
 import uuid
@@ -22,13 +23,17 @@ from psd.config import RunConfig
 from psd.contracts import Reward
 from psd.events import Finished, Preview, Started, Step
 from psd.export import export_json, export_metrics
+from psd.hub import download
 from psd.image import ImageStep
 from psd.make_image import MakeImage
 from psd.make_object import MakeObject
 from psd.object3d import ObjectStep
 from psd.priors import load_prior, prior_info
-from psd.rewards import REWARDS, load_reward
-from psd.safety import check_request
+from psd.rewards import REWARDS, held_out_rewards, load_reward, reward_terms
+from psd.rewards.mixture import Mixture
+from psd.safety import RequestError, check_downloads, check_request, missing_models
+
+log = logging.getLogger(__name__)
 
 MODES = {"image": MakeImage, "3d": MakeObject}
 State = ImageStep | ObjectStep
@@ -37,16 +42,22 @@ MEASURED_STEPS = 25  # rewards of both arms are measured this often in a run, an
 BUDGET_SHARE = 0.9  # of the time budget goes to the loop, the rest to scores and files
 
 
-def generate(config: RunConfig, output_root: Path | None = None, device: str | None = None) -> Iterator:
-    """Run `config`; yields Started, Steps with Previews, Finished (psd.events).
+def generate(
+    config: RunConfig, output_root: Path | None = None, device: str | None = None, allow_download: bool = True
+) -> Iterator:
+    """Run `config`; yields Downloading, Started, Steps with Previews, Finished (psd.events).
 
     Files go to a new folder under `output_root` ("outputs"). Raises RequestError, with one sentence, before anything
     heavy for a bad request and while loading for missing weights.
     """
     check_request(config, allow_local=True)
+    check_downloads(config, allow_download)
+    for info in missing_models(config).values():
+        for source in info.sources:
+            yield from download(source)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     prior = load_prior(config.prior, device)
-    rewards = {name: load_reward(name, device) for name in (config.reward, *held_out_rewards(config.reward))}
+    rewards = load_rewards(config.reward, device)
     arms = arms_of(config)
     make = MODES[config.mode](config, arms, prior, rewards[config.reward])
     record = Record(config, Path(output_root or "outputs") / uuid.uuid4().hex[:12], make)
@@ -96,10 +107,22 @@ def arms_of(config: RunConfig) -> dict[str, RunConfig]:
     return {"with": config} | ({"without": replace(config, method="sds")} if config.compare else {})
 
 
-def held_out_rewards(target: str) -> list[str]:
-    """Rewards that report beside the target: those at home in the same world that nothing was optimised against."""
-    toybox = target.startswith("toybox/")
-    return [name for name, info in REWARDS.items() if info.held_out and name != target and toybox]
+def load_rewards(target: str, device: str) -> dict[str, Reward]:
+    """The target, its members one by one where it is a mixture, and the held-out judges. Raises RequestError.
+
+    A published judge that is damaged or finds no room on the device is left out: nobody asked for it. One of the app's
+    own is a fault.
+    """
+    reward = load_reward(target, device)
+    rewards = {target: reward} | (reward.members if isinstance(reward, Mixture) else {})
+    for name in held_out_rewards(target):
+        try:
+            rewards[name] = load_reward(name, device)
+        except (RequestError, torch.OutOfMemoryError) as error:
+            if REWARDS[name].embedded:
+                raise
+            log.warning("held-out judge is left out: %s", error)
+    return rewards
 
 
 def warnings_of(prior, config: RunConfig) -> tuple[str, ...]:
@@ -156,7 +179,7 @@ class Record:
             "config": settings, "scores": scores, "steps_done": done, "seconds": round(seconds, 3),
             "stopped": self.stopped, **remarks, "versions": versions(),
             "prior_revision": prior_info(self.config.prior).source.revision,
-            "reward_revision": REWARDS[self.config.reward].source.revision,
+            "reward_revisions": {name: REWARDS[name].source.revision for name in reward_terms(self.config.reward)},
         }  # fmt: skip
         export_json(files["run.json"], about)
         run_id = self.directory.name

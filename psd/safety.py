@@ -14,6 +14,7 @@ import re
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float32
@@ -21,12 +22,17 @@ from PIL import Image, ImageOps
 
 from psd.config import MAX_PROMPT_CHARS, PRESETS, RunConfig
 
+if TYPE_CHECKING:
+    from psd.priors import PriorInfo
+    from psd.rewards import RewardInfo
+
 MAX_IMAGE_SIDE_PX = 4096
 MAX_IMAGE_BYTES = 10 * 2**20
 MAX_IMAGE_STEPS = 1000  # of the noise schedule: more would repeat timesteps
+RANK_NO_PAIRS = ("sds", "negative")  # methods of one noise (psd.methods, which loads torch)
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")  # nothing that reaches Pillow's rarer decoders (EPS calls Ghostscript)
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+HUB_ID = re.compile(r"[A-Za-z0-9](?:[\w.-]*\w)?/[A-Za-z0-9](?:[\w.-]*\w)?", re.ASCII)
 TYPE_NAMES = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}
 
 
@@ -100,12 +106,19 @@ def check_name(field: str, name: str, known: Iterable[str]) -> None:
 
 
 def check_models(config: RunConfig, allow_local: bool) -> None:
-    """Prior and reward are names of our tables; a prior may also be a hub id or, if allowed, a folder."""
+    """Prior and reward are names of our tables; a prior may also be a hub id or, if allowed, a folder.
+
+    A reward may also be a mixture, whose members' scales are learned from the pairs that the method ranks.
+    """
     # In the function: the loaders below those two tables import RequestError from here.
     from psd.priors import PRIORS
-    from psd.rewards import REWARDS
+    from psd.rewards import is_mixture
 
-    check_name("reward", config.reward, REWARDS)
+    if is_mixture(config.reward) and config.method in RANK_NO_PAIRS:
+        raise RequestError(
+            f"reward is a mixture, weighed by the pairs that a method ranks, and method {config.method} ranks none: "
+            "choose method psd, or a single reward."
+        )
     prior, otherwise = config.prior, ", or a hub id like org/name"
     if prior in PRIORS:
         return
@@ -147,9 +160,43 @@ def check_mode(config: RunConfig) -> None:
         )
 
 
+def missing_models(config: RunConfig) -> dict[str, PriorInfo | RewardInfo]:
+    """Models that a run of a checked `config` would have to download first, by name. Uses no network."""
+    from psd.hub import is_cached
+    from psd.priors import prior_info
+    from psd.rewards import REWARDS, reward_terms
+
+    models = {config.prior: prior_info(config.prior)} | {name: REWARDS[name] for name in reward_terms(config.reward)}
+    return {name: info for name, info in models.items() if not is_cached(*info.sources)}
+
+
+def check_downloads(config: RunConfig, allow_download: Any) -> None:
+    """Raise RequestError where a run of a checked `config` needs a model that is not on this machine yet.
+
+    Nothing of this size comes unasked: `allow_download`, True and nothing like it, says that somebody read what it is.
+    """
+    from psd.hub import check_online
+
+    missing = missing_models(config)
+    for name in missing:
+        check_online(name)
+    if missing and allow_download is not True:
+        raise RequestError(
+            f"allow_download must be true for a first run with {told(missing)}: allow it if you accept the licence, or "
+            "choose a model that is on this machine."
+        )
+
+
+def told(missing: dict[str, PriorInfo | RewardInfo]) -> str:
+    """Models to download with size and licence, for the middle of a sentence."""
+    size = {name: f"{info.download_mb} MB" if info.download_mb else "size unknown" for name, info in missing.items()}
+    return " and ".join(f"{name} ({size[name]}, licence: {info.licence})" for name, info in missing.items())
+
+
 def is_hub_id(name: str) -> bool:
     """Whether `name` is spelled like org/name of the Hugging Face hub; "toybox/..." is ours and never a hub id."""
-    spelled = len(name) <= 96 and ".." not in name and HUB_ID.fullmatch(name) is not None
+    barred = ".." in name or "--" in name or name.endswith(".git")  # as huggingface_hub's validate_repo_id says
+    spelled = len(name) <= 96 and not barred and HUB_ID.fullmatch(name) is not None
     return spelled and not name.startswith("toybox/")
 
 

@@ -1,7 +1,7 @@
-"""Where model weights come from, and that they really arrived: a folder of this machine or a hub repository.
+"""What the loaders of psd.priors and psd.rewards share: weights that really arrived, or one sentence why not.
 
-The loaders of psd.priors and psd.rewards share this file. It knows no model; torch, diffusers and transformers are
-imported by their callers, so that the tables PRIORS and REWARDS stay cheap to read.
+It knows no model; torch, diffusers and transformers are imported by their callers, so that the tables PRIORS and
+REWARDS stay cheap to read. Where the files come from is psd.hub's.
 """
 
 from __future__ import annotations
@@ -10,46 +10,14 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from psd.hub import Source, remove_damaged
 from psd.safety import RequestError
-
-ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
 _LOAD_LOCK, _TABLE_LOCK = threading.RLock(), threading.Lock()
 _TOKENIZER_LOCK = threading.Lock()
-
-
-@dataclass(frozen=True)
-class Source:
-    """A folder (relative ones stand below assets/) or, with a revision, a hub repository at that commit."""
-
-    name: str
-    revision: str = ""
-
-    @property
-    def is_folder(self) -> bool:
-        return not self.revision
-
-    @property
-    def path(self) -> str:
-        """First argument of from_pretrained. Absolute: a missing relative folder would be taken for a hub id."""
-        return str(ASSETS / self.name) if self.is_folder else self.name
-
-    @property
-    def where(self) -> dict[str, Any]:
-        """Further arguments of from_pretrained."""
-        return {"local_files_only": True} if self.is_folder else {"revision": self.revision}
-
-    def file(self, name: str) -> Path:
-        """Local path of one file, downloaded if need be. Raises OSError where it does not exist."""
-        if self.is_folder:
-            return Path(self.path) / name
-        from huggingface_hub import hf_hub_download
-
-        return Path(hf_hub_download(self.name, name, revision=self.revision))
 
 
 def load_once(loaded: OrderedDict, key: tuple, load: Callable[[], Any], keep: int) -> Any:
@@ -78,8 +46,11 @@ def load_once(loaded: OrderedDict, key: tuple, load: Callable[[], Any], keep: in
 
 
 @contextmanager
-def readable_errors(name: str, source: Source) -> Iterator[None]:
-    """Turn whatever a loader raises into one RequestError without paths; the cause stays chained for the log."""
+def readable_errors(name: str, *sources: Source) -> Iterator[None]:
+    """Turn whatever a loader raises into one RequestError without paths; the cause stays chained for the log.
+
+    `sources` are what it reads, the model's own first. A damaged file of the hub's cache is taken out of it.
+    """
     try:
         yield
     except (RequestError, ImportError, MemoryError):
@@ -87,12 +58,18 @@ def readable_errors(name: str, source: Source) -> Iterator[None]:
     except Exception as error:  # as wide as this because tokenizers raises plain Exception for a damaged file
         if type(error).__name__ == "OutOfMemoryError":
             raise
-        if not source.is_folder:
+        for source in sources:
+            if not source.is_folder and (file := remove_damaged(source)):
+                raise RequestError(
+                    f"The file '{file}' of '{source.name}' in the hub's cache was damaged and has been removed: run "
+                    "again to download it anew."
+                ) from error
+        if not sources[0].is_folder:
             raise RequestError(
-                f"'{name}' could not be loaded from the hub: check its name, your access and the network, "
-                "or choose a model that comes with the app."
+                f"'{name}' was downloaded whole but cannot be read: it is no model of the kind this app knows, choose "
+                "another."
             ) from error
-        if not Path(source.path).is_dir():
+        if not Path(sources[0].path).is_dir():
             raise RequestError(f"The folder of '{name}' is missing: restore its weights or choose another.") from error
         raise RequestError(
             f"The weights of '{name}' are incomplete or damaged: restore the folder's files or choose another model."
@@ -109,8 +86,7 @@ def pretrained(cls: type, source: Source, **kwargs: Any) -> Any:
 
     for logging in (diffusers_logging, transformers_logging):
         logging.set_verbosity_error()  # what their warnings would tell is checked below
-        # A bar for a download, none for reading a folder.
-        (logging.disable_progress_bar if source.is_folder else logging.enable_progress_bar)()
+        logging.disable_progress_bar()
     model, report = cls.from_pretrained(
         source.path, use_safetensors=True, output_loading_info=True, **source.where, **kwargs
     )

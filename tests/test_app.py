@@ -25,8 +25,9 @@ from PIL import Image
 from psd import files, plots
 from psd.config import MAX_PROMPT_CHARS, RunConfig
 from psd.events import Started
+from psd.rewards import REWARDS
 from psd.safety import RequestError
-from psd.ui import examples, form, parts, session
+from psd.ui import build_settings, examples, form, parts, session
 from tests import app_server
 
 EXAMPLES = Path(examples.EXAMPLES)
@@ -172,7 +173,8 @@ def test_api_describes_itself(client: Client):
     endpoints = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
     assert endpoints.keys() == {"/generate", "/scores"}
     parameters = {entry["parameter_name"]: entry for entry in endpoints["/generate"]["parameters"]}
-    assert parameters.keys() == {field.name for field in dataclasses.fields(RunConfig)}
+    assert parameters.keys() == {"allow_download", *(field.name for field in dataclasses.fields(RunConfig))}
+    assert parameters["allow_download"]["parameter_default"] is False
     assert all(entry["parameter_has_default"] for entry in parameters.values())
     assert parameters["steps"]["parameter_default"] is None
     assert parameters["seed"]["parameter_default"] == 0
@@ -221,7 +223,7 @@ def test_unexpected_failures_show_a_reference_and_no_internals(caplog: pytest.Lo
 def test_closing_the_stream_closes_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     closed = threading.Event()
 
-    def generate(config: RunConfig, output_root: Path):
+    def generate(config: RunConfig, output_root: Path, allow_download: bool):
         try:
             yield Started("id", tmp_path, config, ("with",), ())
             yield Started("id", tmp_path, config, ("with",), ())
@@ -270,6 +272,33 @@ def test_presets_fill_every_control_but_what_is_drawn():
     assert filled["pref_form"] == "paper" and filled["steps"] == 50
 
 
+def test_a_mixture_is_shown_with_every_members_licence_and_size():
+    note = form.model_note("toybox/sd", "hpsv2.1 + 0.5 pickscore")
+    for name in ("hpsv2.1", "pickscore"):
+        info = REWARDS[name]
+        assert f"**{name}** · {info.about} {info.licence}, {info.download_mb} MB to download." in note
+    assert form.model_note("toybox/sd", "hpsv2.1 + ") == form.model_note("toybox/sd", "")  # still being typed
+
+
+def test_a_mixture_can_be_typed_and_travels_in_a_link():
+    mixture = "toybox/preference + 0.5 toybox/judge"
+    with gr.Blocks():
+        controls, _ = build_settings()
+    assert controls["reward"].preprocess(mixture) == mixture
+    assert form.settings_of_query({"prompt": PROMPT, "reward": mixture})["reward"] == mixture
+    with pytest.raises(RequestError, match="reward 'nobody' is not known"):
+        form.checked({"prompt": PROMPT, "reward": "toybox/preference + nobody"})
+
+
+def test_the_score_table_tells_a_mixtures_members_from_the_judges():
+    mixture = "hpsv2.1 + 0.5 aesthetic"
+    table = parts.score_table({"with": {"pickscore": 20.0, "aesthetic": 5.0, mixture: 1.0}}, mixture)
+    tags = {parts.TARGET_TAG: mixture, parts.MEMBER_TAG: "aesthetic", parts.HELD_OUT_TAG: "pickscore"}
+    assert all(f"<th scope='row'>{name} {tag}</th>" in table for tag, name in tags.items())
+    assert table.index(parts.TARGET_TAG) < table.index(parts.HELD_OUT_TAG)  # the target comes first
+    assert parts.TARGET_TAG in parts.score_table({"with": {"retired": 1.0}}, "retired")
+
+
 def test_saved_prompts_are_valid_requests():
     prompts = examples.load_prompts()
     assert len(prompts) >= 8
@@ -281,7 +310,8 @@ def test_precomputed_examples_are_complete():
     for example in examples.load_examples():
         result = session.load_result(example.directory)
         assert set(result.images) == {"with", "without"} and result.rows and result.scores
-        assert form.settings_of_file(example.thumbnail) == result.settings
+        settings = RunConfig.from_dict(result.settings).to_dict()  # an older example lacks newer settings
+        assert form.settings_of_file(example.thumbnail) == settings
 
 
 def test_examples_stay_hidden_without_an_index(tmp_path: Path):

@@ -20,6 +20,7 @@ from psd.scene.cameras import (
     look_at,
     orbit_cameras,
     sample_cameras,
+    view_names,
 )
 from psd.toybox.raster import Primitive, Surface, camera_to_world, render
 
@@ -190,6 +191,17 @@ def test_random_cameras_are_the_generators():
     first, again = (sample_cameras(Rig(), 4, torch.Generator().manual_seed(7), groups=2) for _ in range(2))
     other = sample_cameras(Rig(), 4, torch.Generator().manual_seed(8), groups=2)
     assert torch.equal(first.c2w, again.c2w) and not torch.equal(first.c2w, other.c2w)
+
+
+def test_views_are_named_as_threestudio_names_them():
+    """Its prompt processor with thresholds of 30 degrees, on angles at, below and above each of them."""
+    golden = load_file(GOLDEN.parent / "losses" / "prompt_views.safetensors")
+    azimuth_deg, elevation_deg, index = (
+        golden[f"thresholds_30.{name}"] for name in ("azimuth_deg", "elevation_deg", "direction_index")
+    )
+    one = torch.ones_like(azimuth_deg)
+    names = view_names(Cameras.around(azimuth_deg, elevation_deg, one, 40 * one))
+    assert names == [("side", "front", "back", "overhead")[i] for i in index.tolist()]
 
 
 def test_rays_by_hand():

@@ -31,7 +31,7 @@ class Runs:
         self.fail: BaseException | None = None
         self.finishes = True
 
-    def generate(self, config: RunConfig, output_root: Path) -> Iterator[object]:
+    def generate(self, config: RunConfig, output_root: Path, allow_download: bool) -> Iterator[object]:
         self.configs.append(config)
         directory = output_root / "abc"
         try:
@@ -102,9 +102,11 @@ def test_every_flag_reaches_its_field(name: str, run: Callable[..., int], runs: 
     field = RunConfig.__dataclass_fields__[name]
     other = {"preset": "toybox-quick", "prior": "org/name", "reward": list(REWARDS)[-1], "t_min": 0.5, "t_max": 0.5}
     other |= {"negative_prompt": "blurry", "compare": False, "time_shift_low": -0.125, "image_size": 128, "steps": 1000}
+    other |= {"view_prompts": True}
     value = other.get(name) if name in other else (field.metadata["choices"] or (field.metadata["high"],))[-1]
     flag = "--" + name.replace("_", "-")
-    assert run(PROMPT, *(["--no-compare"] if name == "compare" else [flag, str(value)])) == 0
+    flags = {True: [flag], False: ["--no-" + flag[2:]]}[value] if isinstance(value, bool) else [flag, str(value)]
+    assert run(PROMPT, *flags) == 0
     assert getattr(runs.configs[-1], name) == value
 
 

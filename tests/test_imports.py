@@ -20,6 +20,7 @@ MODULES = {
 LAYERS = [
     {"psd", "psd.config", "psd.contracts", "psd.guidance", "psd.schedule", "psd.export", "psd.files", "psd.plots"},
     {"psd.events", "psd.methods", "psd.negative", "psd.safety"},
+    {"psd.hub"},
     {"psd.weights"},
     {"psd.priors", "psd.rewards", "psd.scene"},
     {"psd.lockstep"},
@@ -31,8 +32,8 @@ LAYERS = [
     {"psd.ui", "psd.__main__"},
     {"app"},
 ]
-# The one way up, only inside functions: safety looks names up in the tables of models.
-UPWARD = {("psd.safety", "psd.priors"), ("psd.safety", "psd.rewards")}
+# The one way up, only inside functions: safety looks names up in the tables of models and their files in the cache.
+UPWARD = {("psd.safety", "psd.priors"), ("psd.safety", "psd.rewards"), ("psd.safety", "psd.hub")}
 LATE = {"torch", "gradio", "diffusers", "transformers"}
 
 

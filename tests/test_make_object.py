@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from PIL import Image
 
 from psd import RunConfig, generate
 from psd.events import Finished, Preview, Started, Step
+from psd.make_object import MakeObject
 from psd.priors import load_prior, prior_info
 from psd.priors.mvdream import MVDreamPrior, start_from
 from psd.safety import RequestError, check_request
@@ -42,6 +44,20 @@ def events(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> list:
 def test_a_multi_view_folder_is_recognised(config: RunConfig):
     assert prior_info(config.prior).views == 4
     assert isinstance(load_prior(config.prior), MVDreamPrior)
+
+
+def test_the_reward_reads_the_view_where_that_is_asked(config: RunConfig):
+    read: list[str] = []
+
+    def reward(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        read.extend(prompts)
+        return images.mean((1, 2, 3))
+
+    asked = replace(config, view_prompts=True)
+    steps = MakeObject(asked, {"with": asked}, load_prior(config.prior), reward).steps()
+    next(steps)
+    steps.close()
+    assert read and all(re.fullmatch("a red mushroom, (front|side|back|overhead) view", prompt) for prompt in read)
 
 
 def test_events_come_in_order(events: list):

@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from psd.guidance import cfg
+from psd.hub import Source
 from psd.priors import PriorInfo
 from psd.priors import mvdream as mv
 from psd.priors.mvdream import MVDreamPrior, convert_key, ldm_unet_state, multi_view, predict, start_from, unet_config
 from psd.safety import RequestError
-from psd.weights import Source, readable_errors
+from psd.weights import readable_errors
 from tests.test_priors import make_prior_folder, make_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden" / "mvdream_unet"
@@ -40,11 +41,14 @@ def load(folder: Path) -> MVDreamPrior:
 
 @pytest.fixture(scope="session")
 def published(tmp_path_factory) -> Path:
-    """A folder laid out as ashawkey/mvdream-sd2.1-diffusers, its UNet the golden one (float16, LDM's names)."""
+    return make_mvdream_folder(tmp_path_factory.mktemp("priors") / "published")
+
+
+def make_mvdream_folder(folder: Path) -> Path:
+    """Laid out as ashawkey/mvdream-sd2.1-diffusers, its UNet the golden one (float16, LDM's names)."""
     from diffusers import AutoencoderKL, DDIMScheduler
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    folder = tmp_path_factory.mktemp("priors") / "published"
     torch.manual_seed(0)
     tokenizer = make_tokenizer(max_length=12)
     text_encoder = CLIPTextModel(CLIPTextConfig(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from psd.config import RunConfig
 from psd.object3d import ObjectArm, ObjectStep, anneal_timestep, distil_object, start_field, view_scorer
-from psd.scene.cameras import Rig
+from psd.scene.cameras import Rig, orbit_cameras
 from psd.scene.fields import ConstantBackground, DirectionalBackground
 from psd.schedule import NoiseSchedule
 from tests.gaussian import gaussian_eps
@@ -152,9 +152,27 @@ def test_the_scene_moves_towards_what_the_prior_expects():
 
 def test_group_ranking_gives_every_view_the_mean():
     prior, x_0 = ExactPrior(), torch.rand(2, 4, 3, SIDE, SIDE)
-    by_view, by_group = (view_scorer(prior, brightness, "x", rank)(x_0) for rank in ("view", "group"))
+    cameras = orbit_cameras(4)
+    by_view, by_group = (view_scorer(prior, brightness, "x", rank)(x_0, cameras) for rank in ("view", "group"))
     torch.testing.assert_close(by_group, by_view.mean(1, keepdim=True).expand(2, 4))
     assert by_view.std(1).min() > 0
+
+
+@pytest.mark.parametrize("view_prompts", [False, True])
+def test_the_reward_is_told_the_view(view_prompts: bool):
+    read = []
+
+    def reward(images: Tensor, prompts: list[str]) -> Tensor:
+        read.append(prompts)
+        return brightness(images, prompts)
+
+    score = view_scorer(ExactPrior(), reward, "a cat", "view", view_prompts)
+    cameras = orbit_cameras(4, azimuth_start_deg=10)
+    score(torch.rand(2, 4, 3, SIDE, SIDE), cameras)
+    views = ["a cat, front view", "a cat, side view", "a cat, back view", "a cat, side view"]
+    assert read == [2 * (views if view_prompts else ["a cat"] * 4)]
+    score(torch.rand(1, 4, 3, SIDE, SIDE), orbit_cameras(4, elevation_deg=70))
+    assert read[1] == 4 * ["a cat, overhead view" if view_prompts else "a cat"]
 
 
 def test_a_hash_field_with_a_learned_background_learns_both():

@@ -17,10 +17,10 @@ import torch
 from PIL import Image
 
 from psd import priors
+from psd.hub import Source
 from psd.priors import PRIORS, PriorInfo, load_prior, prior_info, stable_diffusion
 from psd.priors.stable_diffusion import StableDiffusionPrior
 from psd.safety import RequestError
-from psd.weights import Source
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "mushroom" / "with.png"
 WORDS = ("a", "red", "mushroom", "with", "white", "stem", "tall", "blue", "lamp")

@@ -12,10 +12,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from psd import rewards
-from psd.rewards import CLIP_H, REWARDS, RewardInfo, clip_scores, image_reward, load_attributes, load_reward
+from psd.hub import Source
+from psd.rewards import (
+    CLIP_H,
+    REWARDS,
+    RewardInfo,
+    aesthetic,
+    clip_scores,
+    image_reward,
+    load_attributes,
+    load_reward,
+    mps,
+)
 from psd.rewards.preprocess import CLIP_MEAN, CLIP_STD, bicubic, longest_side, normalise, shorter_side
 from psd.safety import RequestError
-from psd.weights import Source
 
 GOLDEN = Path(__file__).parent / "golden"
 GREY_LEVEL = 1 / 255 / min(CLIP_STD)  # of a normalised image
@@ -31,6 +41,12 @@ def golden(name: str) -> tuple[dict[str, torch.Tensor], dict]:
 def golden_image(name: str) -> torch.Tensor:
     """[1 3 H W] in [0, 1]."""
     return golden("preprocess/images")[0][f"{name}.uint8_hwc"].permute(2, 0, 1)[None] / 255
+
+
+def golden_pixels(image: str, fixture: str) -> torch.Tensor:
+    """[3 224 224], normalised; some are stored before that, as bytes."""
+    tensors, _ = golden(f"preprocess/{fixture}")
+    return tensors[image] if image in tensors else (tensors[f"{image}.uint8"] / 255 - clip_mean) / clip_std
 
 
 def relative(got: torch.Tensor, want: torch.Tensor) -> float:
@@ -66,8 +82,7 @@ def register(monkeypatch, name: str, load, source: Path, **more) -> None:
     [("wide", "clip_hf", math.floor), ("wide", "imagereward", round), ("square", "imagereward", round)],
 )
 def test_shorter_side_is_the_published_pil_preprocessing_to_a_grey_level(image, fixture, offset):
-    tensors, _ = golden(f"preprocess/{fixture}")
-    want = tensors[image] if image in tensors else (tensors[f"{image}.uint8"] / 255 - clip_mean) / clip_std
+    want = golden_pixels(image, fixture)
     got = normalise(shorter_side(golden_image(image), 224, offset), clip_mean, clip_std)[0]
     assert (got - want).abs().max() < 1.5 * GREY_LEVEL
     assert (got - want).abs().mean() < 0.3 * GREY_LEVEL
@@ -101,13 +116,12 @@ def test_open_clip_names_and_shapes_cover_the_full_size_model():
     assert got == {name: list(weight.shape) for name, weight in model.state_dict().items()}
 
 
-@pytest.fixture
-def hpsv2(tmp_path, monkeypatch):
-    """The fixture's tiny checkpoint in the published file's format, through the published model's loader."""
-    weights, about = golden("rewards/hpsv2_tiny_weights")
+def tiny_vit_h_14() -> dict:
+    """What stands in for clip_scores.VIT_H_14, of the golden checkpoint."""
+    _, about = golden("rewards/hpsv2_tiny_weights")
     vision, text = about["open_clip_cfg"]["vision_cfg"], about["open_clip_cfg"]["text_cfg"]
     size = about["open_clip_cfg"]["embed_dim"]
-    config = {
+    return {
         "projection_dim": size,
         "text_config": dict(
             hidden_size=text["width"], intermediate_size=4 * text["width"], num_hidden_layers=text["layers"],
@@ -121,9 +135,15 @@ def hpsv2(tmp_path, monkeypatch):
             image_size=vision["image_size"], patch_size=vision["patch_size"], projection_dim=size,
         ),
     }  # fmt: skip
-    monkeypatch.setattr(clip_scores, "VIT_H_14", config)
+
+
+@pytest.fixture
+def hpsv2(tmp_path, monkeypatch):
+    """The golden tiny checkpoint in the published file's format, through the published model's loader."""
+    weights, _ = golden("rewards/hpsv2_tiny_weights")
+    monkeypatch.setattr(clip_scores, "VIT_H_14", tiny_vit_h_14())
     torch.save({"state_dict": weights}, tmp_path / clip_scores.HPSV2_FILE)
-    clip_tokenizer(text["vocab_size"], 77).save_pretrained(tmp_path)
+    clip_tokenizer(99, 77).save_pretrained(tmp_path)
     register(monkeypatch, "tiny-hps", rewards.load_hpsv2, tmp_path, tokenizer=Source(str(tmp_path)))
     return load_reward("tiny-hps")
 
@@ -269,10 +289,9 @@ def test_image_reward_names_and_shapes_cover_the_full_size_model():
     assert [layer.out_features for layer in head] == [1024, 128, 64, 16, 1]
 
 
-@pytest.fixture
-def tiny_image_reward(tmp_path, monkeypatch):
-    """The fixture's tiny checkpoint in the published file's format, through the published model's loader."""
-    weights, about = golden("rewards/imagereward_tiny_weights")
+def tiny_blip() -> tuple[dict, dict]:
+    """What stands in for image_reward.VIT_L_16 and BERT_BASE, of the golden checkpoint."""
+    _, about = golden("rewards/imagereward_tiny_weights")
     vit, bert = about["vit"], about["med_config"]
     vision = dict(
         hidden_size=vit["embed_dim"], intermediate_size=4 * vit["embed_dim"], num_hidden_layers=vit["depth"],
@@ -280,10 +299,17 @@ def tiny_image_reward(tmp_path, monkeypatch):
     )  # fmt: skip
     sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
     text = {name: bert[name] for name in (*sizes, "max_position_embeddings")}
-    monkeypatch.setattr(image_reward, "VIT_L_16", image_reward.VIT_L_16 | vision)
-    monkeypatch.setattr(
-        image_reward, "BERT_BASE", image_reward.BERT_BASE | text | {"encoder_hidden_size": vit["embed_dim"]}
-    )
+    text["encoder_hidden_size"] = vit["embed_dim"]
+    return image_reward.VIT_L_16 | vision, image_reward.BERT_BASE | text
+
+
+@pytest.fixture
+def tiny_image_reward(tmp_path, monkeypatch):
+    """The golden tiny checkpoint in the published file's format, through the published model's loader."""
+    weights, _ = golden("rewards/imagereward_tiny_weights")
+    vision, text = tiny_blip()
+    monkeypatch.setattr(image_reward, "VIT_L_16", vision)
+    monkeypatch.setattr(image_reward, "BERT_BASE", text)
     torch.save(weights, tmp_path / image_reward.IMAGE_REWARD_FILE)
     bert_tokenizer(128).save_pretrained(tmp_path / "bert")  # [DEC] and [ENC] make 130
     source = Source(str(tmp_path / "bert"))
@@ -381,6 +407,158 @@ def test_a_missing_or_damaged_judge_file_is_one_sentence_without_paths(file, jud
         assert "'broken-judge'" in sentence and str(tmp_path) not in sentence and "\n" not in sentence
 
 
+# Aesthetic predictor
+
+
+def make_clip_l(folder: Path) -> None:
+    """A tiny CLIP that embeds in 768 numbers, as the published head wants it."""
+    from transformers import CLIPConfig, CLIPModel
+
+    torch.manual_seed(0)
+    size = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, projection_dim=768)
+    config = dict(vision_config=dict(image_size=224, patch_size=56, **size), text_config=dict(vocab_size=99, **size))
+    CLIPModel(CLIPConfig(projection_dim=768, **config)).save_pretrained(folder)
+
+
+def make_aesthetic_head(folder: Path) -> None:
+    """The golden head under the published file's name."""
+    weights, _ = golden("rewards/aesthetic_weights_fp16")
+    torch.save({name: weight.float() for name, weight in weights.items()}, folder / aesthetic.AESTHETIC_FILE)
+
+
+@pytest.fixture(scope="module")
+def aesthetic_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("rewards") / "aesthetic"
+    make_clip_l(folder)
+    make_aesthetic_head(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_aesthetic(aesthetic_folder, monkeypatch):
+    register(monkeypatch, "tiny", rewards.load_aesthetic, aesthetic_folder, encoder=Source(str(aesthetic_folder)))
+    return load_reward("tiny")
+
+
+def test_the_aesthetic_score_is_the_reference_one(tiny_aesthetic):
+    io, about = golden("rewards/aesthetic_io")
+    score = tiny_aesthetic.score(io["embeddings"])
+    assert relative(score, io["score"][:, 0]) < 1e-4
+    assert relative(score, io["score_if_not_normalised"][:, 0]) > 1e-2
+    layers = [list(layer.weight.shape) for layer in tiny_aesthetic.head]
+    assert layers == [about["released_weights"]["keys"][f"layers.{i}.weight"] for i in (0, 2, 4, 6, 7)]
+
+
+def test_the_aesthetic_encoder_sees_openais_preprocessing(tiny_aesthetic):
+    seen = []
+    handle = tiny_aesthetic.vision.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    tiny_aesthetic(golden_image("wide"), ["unread"])
+    handle.remove()
+    assert (seen[0][0] - golden_pixels("wide", "imagereward")).abs().max() < 1.5 * GREY_LEVEL
+
+
+def test_the_aesthetic_score_reads_the_image_alone_and_is_differentiable(tiny_aesthetic):
+    images = torch.rand(3, 3, 250, 300, requires_grad=True)
+    scores = tiny_aesthetic(images, ["a", "b", "c"])
+    assert scores.shape == (3,) and scores.dtype == torch.float32 and scores.std() > 0
+    for i in range(3):
+        torch.testing.assert_close(scores[i], tiny_aesthetic(images[i : i + 1], ["other"])[0])
+    scores.sum().backward()
+    assert images.grad.isfinite().all() and (images.grad.flatten(1).norm(dim=1) > 0).all()
+    assert not any(parameter.requires_grad for parameter in tiny_aesthetic.vision.parameters())
+
+
+class Bomb:
+    def __reduce__(self):
+        return Path.touch, (Path("exploded"),)
+
+
+def test_a_checkpoint_with_code_in_it_is_refused_unread(aesthetic_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"layers.0.weight": Bomb()}, tmp_path / aesthetic.AESTHETIC_FILE)
+    register(monkeypatch, "bomb", rewards.load_aesthetic, tmp_path, encoder=Source(str(aesthetic_folder)))
+    with pytest.raises(RequestError, match="'bomb' are incomplete or damaged"):
+        load_reward("bomb")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_head_for_another_encoder_is_refused(aesthetic_folder, tmp_path, monkeypatch):
+    torch.save(
+        {"layers.0.weight": torch.zeros(1, 512), "layers.0.bias": torch.zeros(1)}, tmp_path / "aesthetic-model.pth"
+    )
+    register(monkeypatch, "other-head", rewards.load_aesthetic, tmp_path, encoder=Source(str(aesthetic_folder)))
+    with pytest.raises(RequestError, match="'other-head' are incomplete or damaged"):
+        load_reward("other-head")
+
+
+# MPS
+
+
+def test_mps_names_and_shapes_cover_the_full_size_model():
+    """The rehosted module holds the published one as `mps`: its 4.42 GB are these tensors in float32."""
+    from transformers import CLIPConfig, CLIPModel
+
+    published = json.loads((GOLDEN / "rewards/full_keys_mps.json").read_text())["keys"]
+    weights = {f"mps.{name}": torch.empty(shape, device="meta") for name, shape in published.items()}
+    assert sum(4 * weight.numel() for weight in weights.values()) == pytest.approx(4.42e9, rel=1e-3)
+    with torch.device("meta"):
+        models = CLIPModel(CLIPConfig(**clip_scores.VIT_H_14)), mps.CrossModel(**mps.CROSS)
+    for part, model in zip(mps.split_weights(weights), models, strict=True):
+        assert {name: weight.shape for name, weight in part.items()} == {
+            name: weight.shape for name, weight in model.state_dict().items()
+        }
+    with pytest.raises(ValueError, match="parameter of another model"):
+        mps.split_weights({"model.logit_scale": torch.zeros(())})
+
+
+def tiny_mps_sizes() -> tuple[dict, dict]:
+    """What stands in for mps.VIT_H_14 and CROSS, of the golden checkpoint."""
+    _, about = golden("rewards/mps_tiny_weights")
+    sizes = about["cross_model"]
+    cross = dict(dim=sizes["dim"], layers=sizes["layer_num"], heads=sizes["heads"], dim_head=sizes["dim_head"])
+    return {k: v for k, v in about["hf_config"].items() if k != "logit_scale_init_value"}, cross
+
+
+def make_mps(folder: Path) -> None:
+    """The golden tiny checkpoint in the rehost's format."""
+    weights, _ = golden("rewards/mps_tiny_weights")
+    save_file({f"mps.{name}": weight for name, weight in weights.items()}, folder / mps.MPS_FILE)
+
+
+@pytest.fixture
+def tiny_mps(tmp_path, monkeypatch):
+    """The golden tiny checkpoint through the published model's loader."""
+    clip, cross = tiny_mps_sizes()
+    monkeypatch.setattr(mps, "VIT_H_14", clip)
+    monkeypatch.setattr(mps, "CROSS", cross)
+    make_mps(tmp_path)
+    clip_tokenizer(99, 16).save_pretrained(tmp_path)
+    register(monkeypatch, "tiny-mps", rewards.load_mps, tmp_path, tokenizer=Source(str(tmp_path)))
+    return load_reward("tiny-mps")
+
+
+def test_mps_scores_are_the_published_evaluations(tiny_mps):
+    io, about = golden("rewards/mps_tiny_io")
+    text, tokens, relevant = tiny_mps.encode_ids(io["prompt_ids"], io["condition_ids"])
+    torch.testing.assert_close(tokens, io["text_tokens"], atol=1e-5, rtol=1e-4)
+    assert relevant.tolist() == (io["relevance"][:, 0] > about["thresholds"]["eval_script"]).tolist()
+    assert relevant.sum() == about["n_tokens_kept_eval"]
+    batch = [part.expand(3, *part.shape[1:]) for part in (text, tokens, relevant)]
+    assert relative(tiny_mps.score(io["pixel_values"], *batch), io["scores"][:, 0]) < 1e-4
+
+
+def test_mps_pairs_image_i_with_prompt_i_and_is_differentiable(tiny_mps):
+    images = torch.rand(2, 3, 40, 56, requires_grad=True)
+    prompts = ["red lamp", "blue"]
+    scores = tiny_mps(images, prompts)
+    assert scores.shape == (2,) and scores.dtype == torch.float32
+    for i in range(2):
+        torch.testing.assert_close(scores[i], tiny_mps(images[i : i + 1], prompts[i : i + 1])[0])
+    scores.sum().backward()
+    assert images.grad.isfinite().all() and (images.grad.flatten(1).norm(dim=1) > 0).all()
+    assert not any(parameter.requires_grad for parameter in tiny_mps.cross.parameters())
+
+
 # The attribute classifier
 
 
@@ -415,7 +593,7 @@ def test_attribute_classifier_gives_log_probabilities_per_group(tmp_path):
 
 
 def test_unknown_and_missing_rewards_are_refused(monkeypatch):
-    with pytest.raises(RequestError, match=r"no reward 'clipscore': choose one of toybox/preference"):
+    with pytest.raises(RequestError, match=r"reward 'clipscore' is not known; did you mean pickscore\? Known: toybox"):
         load_reward("clipscore")
     register(monkeypatch, "gone", rewards.load_clip, Path("toybox/no-such-folder"))
     with pytest.raises(RequestError, match="folder of 'gone' is missing"):
@@ -424,6 +602,8 @@ def test_unknown_and_missing_rewards_are_refused(monkeypatch):
 
 def test_published_rewards_are_pinned_to_a_commit():
     for info in REWARDS.values():
-        assert info.source.is_folder or (len(info.source.revision) == 40 and info.download_mb > 0)
-        assert info.source.is_folder or len(info.tokenizer.revision) == 40
+        pinned = len(info.source.revision) == 40 or info.load is rewards.load_mps
+        assert info.source.is_folder or (pinned and info.download_mb > 0)
+        for part in (info.tokenizer, info.encoder):
+            assert part is None or len(part.revision) == 40
     assert REWARDS["hpsv2.1"].tokenizer == CLIP_H and REWARDS["toybox/judge"].held_out

@@ -153,7 +153,13 @@ def test_a_local_prior_needs_a_model_index(tmp_path: Path):
     assert "is a path" in refusal(prior=str(tmp_path))
 
 
-@pytest.mark.parametrize("prior", ["", "sd", "x" * 1000, "or g/name", "org/na me", "org/na..me", "-org/x", "toybox/"])
+NO_HUB_IDS = [
+    "", "sd", "x" * 1000, "or g/name", "org/na me", "org/na..me", "org/na--me", "org/name.git", "org/name-",
+    "org./name", "-org/x", "toybox/",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("prior", NO_HUB_IDS)
 def test_what_is_neither_a_name_nor_a_hub_id(prior: str):
     message = refusal(prior=prior)
     assert "is not known" in message

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from psd.hub import Source
 from psd.priors import TOYBOX_FRAME, load_prior
 from psd.priors.mvdream import MVDreamPrior, predict, start_from
 from psd.rewards import load_attributes
@@ -20,7 +21,6 @@ from psd.toybox.dataset import example
 from psd.toybox.facts import GROUPS, labels
 from psd.toybox.models import make_scheduler
 from psd.toybox.train import Bench
-from psd.weights import Source
 from tests.test_priors import make_prior_folder
 
 CLEAN = world.Scene(world.Thing("duck", "red"))

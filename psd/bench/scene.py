@@ -20,13 +20,13 @@ from torch import Tensor
 from psd.bench.paired import Column, Job, Values, save_picture
 from psd.config import RunConfig
 from psd.events import Preview
+from psd.hub import Source
 from psd.make_object import MakeObject
 from psd.priors import load_prior
 from psd.rewards import load_attributes, load_reward
 from psd.run import generate
 from psd.toybox import world
 from psd.toybox.facts import GROUPS, check_facts, read_facts
-from psd.weights import Source
 
 PRESET, PROMPTS, SEEDS, BATCH = "toybox-fast", 20, 2, 1
 SHEET_COLUMNS = 4

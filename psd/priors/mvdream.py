@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from psd.hub import Source
 from psd.priors.ldm import CAMERA_DIM, LDM_CLASS, convert_key, is_multi_view, unet_config
 from psd.priors.stable_diffusion import StableDiffusionPrior
 from psd.safety import RequestError, shown
-from psd.weights import Source
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -165,7 +165,7 @@ def read_ldm(source: Source) -> dict[str, Tensor]:
     """Tensors under LDM's names, mapped from their file: only what is copied out of them takes memory."""
     from safetensors.torch import load_file
 
-    if source.is_folder and source.file(CHECKPOINT).exists():
+    if source.file(CHECKPOINT).exists():
         return torch.load(source.file(CHECKPOINT), map_location="cpu", weights_only=True, mmap=True)
     return load_file(source.file(LDM_WEIGHTS))
 

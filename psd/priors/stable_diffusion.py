@@ -15,8 +15,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from psd.hub import Source
 from psd.safety import RequestError
-from psd.weights import Source, check_vocabulary, pretrained, token_count, tokenize
+from psd.weights import check_vocabulary, pretrained, token_count, tokenize
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -147,7 +148,7 @@ def words(text: str) -> list[str]:
 
 
 def load_lexicon(source: Source) -> list[str]:
-    """The words of a folder's lexicon.json; none where there is no such file, and never from the hub."""
-    if not source.is_folder or not source.file("lexicon.json").exists():
+    """The words of a folder's lexicon.json; none where there is no such file."""
+    if not source.file("lexicon.json").exists():
         return []
     return json.loads(source.file("lexicon.json").read_text(encoding="utf-8"))["words"]

@@ -1,4 +1,4 @@
-"""Reward models: the table REWARDS, `load_reward`, and the toybox's attribute classifier.
+"""Reward models: the table REWARDS, `load_reward` of a name or a mixture, and the toybox's attribute classifier.
 
 A reward is called as reward(images [B 3 H W] in [0, 1], prompts of length B) -> scores [B]: higher is better, raw
 scale, differentiable in the images, float32. Reading the table imports no torch.
@@ -8,18 +8,25 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from psd.safety import RequestError
-from psd.weights import Source, load_once, readable_errors
+from psd.hub import Source, fetched, is_cached
+from psd.safety import RequestError, shown, unknown_name
+from psd.weights import load_once, readable_errors
 
 if TYPE_CHECKING:
+    from psd.contracts import Reward
+    from psd.rewards.aesthetic import AestheticReward
     from psd.rewards.attributes import AttributeClassifier
     from psd.rewards.clip_scores import CLIPReward
     from psd.rewards.image_reward import ImageRewardModel
+    from psd.rewards.mps import MPSReward
 
-KEEP_LOADED = 4  # models; what was used last stays
+KEEP_LOADED = 6  # models, a mixture or a target with its judges; what was used last stays
+MAX_MEMBERS = 4  # of a mixture
+MIN_WEIGHT, MAX_WEIGHT = 1e-3, 1e3
+EXAMPLE = "hpsv2.1 + 0.5 aesthetic"
 
 
 def load_clip(name: str, info: RewardInfo, device: str) -> CLIPReward:
@@ -46,6 +53,18 @@ def load_image_reward(name: str, info: RewardInfo, device: str) -> ImageRewardMo
     return ImageRewardModel.load_published(name, info, device)
 
 
+def load_aesthetic(name: str, info: RewardInfo, device: str) -> AestheticReward:
+    from psd.rewards.aesthetic import AestheticReward
+
+    return AestheticReward.load(name, info, device)
+
+
+def load_mps(name: str, info: RewardInfo, device: str) -> MPSReward:
+    from psd.rewards.mps import MPSReward
+
+    return MPSReward.load(name, info, device)
+
+
 @dataclass(frozen=True)
 class RewardInfo:
     """What to tell about a reward before anything is downloaded, and how it is loaded."""
@@ -53,14 +72,37 @@ class RewardInfo:
     source: Source
     licence: str
     download_mb: int  # 0: comes with the app
-    load: Callable[[str, RewardInfo, str], CLIPReward | ImageRewardModel]
+    load: Callable[[str, RewardInfo, str], Reward]
     about: str
     tokenizer: Source | None = None  # where it is not beside the weights
+    encoder: Source | None = None  # of images, where it is not beside the weights
     held_out: bool = False  # a judge: report it, do not optimise against it
 
+    @property
+    def embedded(self) -> bool:
+        return not self.download_mb
 
-CLIP_H = Source("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "1c2b8495b28150b8a4922ee1c8edee224c284c0c")
-BERT = Source("google-bert/bert-base-uncased", "86b5e0934494bd15c9632b12f734a8a67f723594")
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return tuple(source for source in (self.source, self.tokenizer, self.encoder) if source)
+
+    def fetched(self) -> RewardInfo:
+        """The same with every source a folder, downloaded first where need be. Raises RequestError."""
+        parts = {"source": self.source, "tokenizer": self.tokenizer, "encoder": self.encoder}
+        return replace(self, **{name: source and fetched(source) for name, source in parts.items()})
+
+
+CLIP_H = Source(
+    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "1c2b8495b28150b8a4922ee1c8edee224c284c0c",
+    ("merges.txt", "vocab.json", "special_tokens_map.json", "tokenizer_config.json"),
+)  # fmt: skip
+CLIP_L = Source(
+    "openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41", ("model.safetensors", "config.json"),
+)  # fmt: skip
+BERT = Source(
+    "google-bert/bert-base-uncased", "86b5e0934494bd15c9632b12f734a8a67f723594",
+    ("config.json", "vocab.txt", "tokenizer.json", "tokenizer_config.json"),
+)  # fmt: skip
 
 # The revisions are the commits that published work pins.
 REWARDS: dict[str, RewardInfo] = {
@@ -72,16 +114,31 @@ REWARDS: dict[str, RewardInfo] = {
         "ImageReward in small, on other data: the held-out score.", held_out=True,
     ),
     "hpsv2.1": RewardInfo(
-        Source("xswu/HPSv2", "697403c78157020a1ae59d23f111aa58ced35b0a"), "Apache-2.0", 1980, load_hpsv2,
-        "HPS v2.1: raw cosine, about 0.2 to 0.35.", tokenizer=CLIP_H,
+        Source("xswu/HPSv2", "697403c78157020a1ae59d23f111aa58ced35b0a", ("HPS_v2.1_compressed.pt",)),
+        "Apache-2.0", 1980, load_hpsv2, "HPS v2.1: raw cosine, about 0.2 to 0.35.", tokenizer=CLIP_H,
     ),
     "pickscore": RewardInfo(
-        Source("yuvalkirstain/PickScore_v1", "a4e4367c6dfa7288a00c550414478f865b875800"),
+        Source(
+            "yuvalkirstain/PickScore_v1", "a4e4367c6dfa7288a00c550414478f865b875800",
+            ("config.json", "model.safetensors"),
+        ),
         "not stated by the authors; see the model card", 3950, load_clip, "PickScore: about 20.", tokenizer=CLIP_H,
     ),
     "imagereward": RewardInfo(
-        Source("THUDM/ImageReward", "5736be03b2652728fb87788c9797b0570450ab72"), "Apache-2.0", 1790,
-        load_image_reward, "ImageReward: about -2 to 2.", tokenizer=BERT,
+        Source("THUDM/ImageReward", "5736be03b2652728fb87788c9797b0570450ab72", ("ImageReward.pt",)),
+        "Apache-2.0", 1790, load_image_reward, "ImageReward: about -2 to 2.", tokenizer=BERT,
+    ),
+    "aesthetic": RewardInfo(
+        Source(
+            "trl-lib/ddpo-aesthetic-predictor", "7f639699bec8126062148a47ecb1a4312d8e6688", ("aesthetic-model.pth",)
+        ),
+        "Apache-2.0", 1720, load_aesthetic, "Aesthetic predictor V2: about 1 to 10, does not read the prompt.",
+        encoder=CLIP_L,
+    ),
+    "mps": RewardInfo(
+        # Its only commit with weights is daceecc; the full hash is not known here.
+        Source("RE-N-Y/mpsv1", "main", ("model.safetensors",)),
+        "MIT", 4420, load_mps, "MPS, overall preference: about 10.", tokenizer=CLIP_H,
     ),
 }  # fmt: skip
 
@@ -90,17 +147,72 @@ ATTRIBUTES = Source("toybox/attributes")  # the classifier that counts a caption
 _loaded: OrderedDict = OrderedDict()
 
 
-def load_reward(name: str, device: str = "cpu") -> CLIPReward | ImageRewardModel:
-    """The reward of this name on `device`, loaded once per process. Raises RequestError."""
-    if name not in REWARDS:
-        raise RequestError(f"There is no reward '{name}': choose one of {', '.join(REWARDS)}.")
+def reward_terms(text: str) -> dict[str, float]:
+    """Member -> weight of "hpsv2.1 + 0.5 aesthetic": names joined by +, a weight of 1 left out; a name is one member.
+
+    Raises RequestError.
+    """
+    terms: dict[str, float] = {}
+    parts = text.split("+")
+    if len(parts) > MAX_MEMBERS:
+        raise RequestError(f"reward mixes {len(parts)} models, at most {MAX_MEMBERS} are allowed: leave some out.")
+    for part in parts:
+        *number, name = part.split() or [""]
+        if name not in REWARDS:
+            raise RequestError(unknown_name("reward", name, REWARDS, f", or a mixture such as {EXAMPLE!r}"))
+        if name in terms:
+            raise RequestError(f"reward names {name} twice: give it once, with one weight.")
+        try:
+            weight = float(" ".join(number) or 1)
+        except ValueError:
+            weight = 0.0
+        if not MIN_WEIGHT <= weight <= MAX_WEIGHT:  # nan is not, either
+            raise RequestError(
+                f"reward weight of {name} must be a number from {MIN_WEIGHT:g} to {MAX_WEIGHT:g}, "
+                f"as in {EXAMPLE!r}, got {shown(' '.join(number))}."
+            )
+        terms[name] = weight
+    return terms
+
+
+def is_mixture(text: str) -> bool:
+    """Whether a reward is more than a name. Raises RequestError."""
+    return text.strip() not in reward_terms(text)
+
+
+def load_reward(text: str, device: str = "cpu") -> Reward:
+    """The reward of this name, or a mixture (`reward_terms`), on `device`. Raises RequestError.
+
+    A model is loaded once per process. A mixture of them is new every time: its scales belong to one run.
+    """
+    if not is_mixture(text):
+        return _load_model(text.strip(), device)
+    from psd.rewards.mixture import Mixture
+
+    terms = reward_terms(text)
+    return Mixture({name: _load_model(name, device) for name in terms}, terms, device)
+
+
+def _load_model(name: str, device: str) -> Reward:
     info = REWARDS[name]
 
-    def load() -> CLIPReward | ImageRewardModel:
-        with readable_errors(name, info.source):
-            return info.load(name, info, device)
+    def load() -> Reward:
+        with readable_errors(name, *info.sources):
+            return info.load(name, info.fetched(), device)
 
     return load_once(_loaded, (info.source, str(device)), load, KEEP_LOADED)
+
+
+def held_out_rewards(target: str) -> list[str]:
+    """Rewards that report beside the target without being optimised: those at home in the same world.
+
+    For the toybox's that is the other embedded one; for published targets what the hub's cache holds whole. Nothing
+    is downloaded to judge. Raises RequestError.
+    """
+    members = reward_terms(target)
+    worlds = {REWARDS[name].embedded for name in members}
+    others = {name: info for name, info in REWARDS.items() if name not in members and info.embedded in worlds}
+    return [name for name, info in others.items() if is_cached(*info.sources)]
 
 
 def load_attributes(device: str = "cpu", source: Source = ATTRIBUTES) -> AttributeClassifier:

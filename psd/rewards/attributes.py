@@ -6,8 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from psd.hub import Source
 from psd.rewards.preprocess import load_mean_std, normalise, shorter_side
-from psd.weights import Source, pretrained
+from psd.weights import pretrained
 
 IMAGE_SIZE = 128  # px, where the model's config has no image_size
 

@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from psd.hub import Source
 from psd.rewards.preprocess import load_mean_std, normalise, shorter_side
-from psd.weights import Source, check_vocabulary, from_state_dict, pretrained, tokenize
+from psd.weights import check_vocabulary, from_state_dict, pretrained, tokenize
 
 if TYPE_CHECKING:
     from psd.rewards import RewardInfo

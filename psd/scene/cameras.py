@@ -138,6 +138,20 @@ def orbit_cameras(
     return Cameras.around(azimuth, elevation_deg * same, distance * same, fovy_deg * same)
 
 
+def view_names(cameras: Cameras) -> list[str]:
+    """What each camera sees of an object whose front looks along +x: front, back, side or overhead.
+
+    Front and back lie less than 30 degrees around azimuths 0 and 180, overhead above 60 degrees of elevation whatever
+    the azimuth. The names and the strict comparisons are threestudio's, the thresholds DreamDPO's configuration's.
+    """
+    names = []
+    for azimuth, elevation in zip(cameras.azimuth_deg.tolist(), cameras.elevation_deg.tolist(), strict=True):
+        off_front = abs((azimuth + 180) % 360 - 180)
+        ends = "front" if off_front < 30 else "back" if off_front > 150 else "side"
+        names.append("overhead" if elevation > 60 else ends)
+    return names
+
+
 def camera_rays(
     cameras: Cameras, height: int, width: int
 ) -> tuple[Float[Tensor, "B {height} {width} 3"], Float[Tensor, "B {height} {width} 3"]]:

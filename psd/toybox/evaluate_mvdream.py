@@ -17,6 +17,7 @@ from torch import Tensor
 
 from psd.export import to_uint8
 from psd.guidance import cfg
+from psd.hub import Source
 from psd.priors import load_prior
 from psd.priors.mvdream import MVDreamPrior
 from psd.rewards import load_attributes
@@ -29,7 +30,6 @@ from psd.toybox.models import make_scheduler
 from psd.toybox.pairs import to_pixels
 from psd.toybox.pictures import sheet
 from psd.toybox.views import FOVY_DEG, VIEWS, Groups, read_azimuth, shows_azimuth
-from psd.weights import Source
 
 ELEVATION_DEG, DISTANCE = 15.0, 1.95  # of the sampled views
 RENDERED = 256  # groups of held-out renders

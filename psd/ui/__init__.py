@@ -18,8 +18,8 @@ from psd.config import MAX_SEED, PRESETS, RunConfig, presets_of
 from psd.events import ARMS
 from psd.make_object import TURNTABLE_FRAMES
 from psd.priors import PRIORS
-from psd.rewards import REWARDS
-from psd.safety import RequestError
+from psd.rewards import EXAMPLE, REWARDS
+from psd.safety import RequestError, check_downloads
 from psd.scene.turntable import read_frame
 from psd.ui import api, examples, parts
 from psd.ui.api import named
@@ -30,6 +30,7 @@ from psd.ui.form import (
     checked,
     control,
     copy_link_js,
+    download_box,
     fill,
     fill_preset,
     help_line,
@@ -127,9 +128,12 @@ def build_settings() -> tuple[dict[str, Any], dict[str, Any]]:
         with gr.Row():
             controls["prior"] = dropdown("prior", PRIORS, help_line("prior"))
             targets = [name for name, info in REWARDS.items() if not info.held_out]
-            controls["reward"] = dropdown("reward", targets, "Model whose preference guides.")
+            controls["reward"] = dropdown(
+                "reward", targets, f"Model whose preference guides; type a mixture such as {EXAMPLE}.", custom=True
+            )
         defaults = RunConfig()
         form["models"] = gr.Markdown(model_note(defaults.prior, defaults.reward), elem_classes="psd-note", padding=True)
+        form["allow_download"] = gr.Checkbox(**download_box(defaults.prior, defaults.reward), elem_id="allow_download")
         with gr.Row():
             controls["seed"] = control("seed")
             form["randomise"] = gr.Checkbox(
@@ -159,10 +163,11 @@ def html(value: str = "", **options: Any) -> gr.HTML:
     return gr.HTML(value, apply_default_css=False, **options)
 
 
-def dropdown(name: str, choices: Iterable[str], info: str) -> gr.Dropdown:
+def dropdown(name: str, choices: Iterable[str], info: str, custom: bool = False) -> gr.Dropdown:
     return gr.Dropdown(
-        list(choices), value=FIELDS[name].default, label=label(name), info=info, elem_id=name, filterable=False
-    )
+        list(choices), value=FIELDS[name].default, label=label(name), info=info, elem_id=name, filterable=custom,
+        allow_custom_value=custom,
+    )  # fmt: skip
 
 
 def build_results(shown: list[examples.Example]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -269,14 +274,19 @@ def connect(
     remember = (remember_run, [outputs["directory"], galleries["history"]], [galleries["history"], galleries["runs"]])
 
     prepared = gr.on(
-        [form["run"].click, controls["prompt"].submit], prepare, [form["randomise"], *inputs],
+        [form["run"].click, controls["prompt"].submit], prepare, [form["randomise"], form["allow_download"], *inputs],
         [controls["seed"], *run_stop, *results], **light,
     )  # fmt: skip
     # On a phone the results are below the form: bring them into view.
     prepared.success(None, js=SCROLL_JS, **private)
-    run = prepared.success(run_form, inputs, results, **private, **DEVICE, show_progress="hidden")
+    run = prepared.success(
+        run_form, [*inputs, form["allow_download"]], results, **private, **DEVICE, show_progress="hidden"
+    )
     models = (show_models, outputs["directory"], [galleries[name] for name in MODELS])
-    run.then(idle_buttons, None, run_stop, **light).then(*models, **light).then(*remember, **light)
+    chosen, notes = [controls["prior"], controls["reward"]], [form["models"], form["allow_download"]]
+    run.then(idle_buttons, None, run_stop, **light).then(*models, **light).then(*remember, **light).then(
+        models_used, chosen, notes, **light
+    )
     # Gradio cancels only after a click's own function has returned, so the partial result is a second event.
     form["stop"].click(None, cancels=[run], **private).then(show_partial, outputs["directory"], results, **light).then(
         idle_buttons, None, run_stop, **light
@@ -296,10 +306,7 @@ def connect(
         lambda *values: estimate_of(named(values)), inputs, form["estimate"],
         trigger_mode="always_last", **light,
     )  # fmt: skip
-    gr.on(
-        [controls["prior"].change, controls["reward"].change],
-        model_note, [controls["prior"], controls["reward"]], form["models"], **light,
-    )  # fmt: skip
+    gr.on([controls["prior"].change, controls["reward"].change], models_chosen, chosen, notes, **light)
 
     restored = [*inputs, form["randomise"]]
     form["prompt_chips"].click(lambda index: fill(form["prompts"][index]), form["prompt_chips"], inputs, **light)
@@ -319,13 +326,24 @@ def connect(
     galleries["runs"].select(show_run, galleries["history"], again, **light).then(*models, **light)
 
 
-def prepare(randomise: bool, *values: Any) -> list[Any]:
+def models_chosen(prior: str, reward: str) -> list[Any]:
+    """Their note and the checkbox of their download: a tick holds for the models it was set for."""
+    return [model_note(prior, reward), gr.update(**download_box(prior, reward))]
+
+
+def models_used(prior: str, reward: str) -> list[Any]:
+    """The same after a run, which may have downloaded them; after one that failed to, the tick stays."""
+    return [model_note(prior, reward), gr.update(visible=download_box(prior, reward)["visible"])]
+
+
+def prepare(randomise: bool, allow_download: bool, *values: Any) -> list[Any]:
     """Check the form before the queue, settle the seed, and clear the page for the run. Raises gr.Error."""
     settings = named(values)
     if randomise:
         settings["seed"] = secrets.randbelow(MAX_SEED + 1)
     with clear_errors():
         config = checked(settings)
+        check_downloads(config, allow_download)
     cleared = updates(
         status=parts.status("Waiting for the device…"),
         preview=gr.update(value=None, visible=True, label=preview_label(config.compare)),
@@ -347,9 +365,10 @@ def form_duration(*values: Any) -> int:
 
 @spaces.GPU(duration=form_duration)
 def run_form(*values: Any) -> Iterator[list[Any]]:
-    """The Run button: one update of the page per View."""
+    """The Run button: one update of the page per View. The last value is `allow_download`."""
+    *settings, allow_download = values
     with clear_errors():
-        for view in watch(checked(named(values))):
+        for view in watch(checked(named(settings)), allow_download):
             yield show_end(load_result(view.directory), view.warnings) if view.finished else show(view)
 
 

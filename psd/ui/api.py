@@ -1,11 +1,13 @@
 """The public endpoints, as plain functions: /generate and /scores.
 
 Stateless: all they need comes in, all they make goes out. `/generate`'s parameters, types and documentation are made
-from RunConfig, so that a new field is a new parameter and nothing has to be kept in step by hand.
+from RunConfig, so that a new field is a new parameter and nothing has to be kept in step by hand. `allow_download`
+follows them: a permission, not a setting.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,8 +19,8 @@ import torch
 
 from psd.events import ARMS
 from psd.rewards import load_reward
-from psd.safety import RequestError, check_image, check_text
-from psd.ui.form import FIELDS, NAMES, checked, help_line
+from psd.safety import RequestError, check_downloads, check_image, check_text
+from psd.ui.form import ALLOW_DOWNLOAD_HELP, FIELDS, NAMES, checked, help_line
 from psd.ui.session import View, clear_errors, embedded_rewards, gpu_seconds, load_result, watch
 
 # The only parameters with a default of their own; all others default to the preset's value.
@@ -26,10 +28,11 @@ API_DEFAULTS = {"prompt": "", "preset": FIELDS["preset"].default, "seed": 0, "co
 OUTPUT_HELP = """
 Returns:
     preview: latest preview, the arms tiled left to right.
-    status: step, steps, seconds, ETA, warnings, metrics of the step; finished is true in the last item.
+    status: step, steps, seconds, ETA, warnings, metrics of the step, and the download if there is one before the
+        first step; finished is true in the last item.
     with_preference: the arm with preference guidance (last item only).
     without_preference: the same seed without it, unless compare is false (last item only).
-    scores: raw scores of both arms; the target reward and the held-out judge (last item only).
+    scores: raw scores of both arms; the target reward, a mixture's members, the held-out judges (last item only).
     files: both arms' PNG with all settings in their metadata, metrics.csv, run.json (last item only).
 """
 
@@ -40,28 +43,31 @@ def named(values: Sequence[Any]) -> dict[str, Any]:
 
 def duration(*values: Any) -> int:
     """Seconds of GPU to reserve; what is wrong with the request is said elsewhere."""
+    *settings, _allow_download = values
     try:
-        return gpu_seconds(checked(named(values)))
+        return gpu_seconds(checked(named(settings)))
     except RequestError:
         return 15
 
 
 def validate(*values: Any) -> list[dict[str, Any]]:
     """Gradio's gate before the queue: a refused request costs neither a place nor GPU seconds."""
-    settings = named(values)
+    *settings, allow_download = values
+    names = (*NAMES, "allow_download")
     blamed, sentence = "", ""
     try:
-        checked(settings)
+        check_downloads(checked(named(settings)), allow_download)
     except RequestError as error:
         sentence = str(error)
-        blamed = next((name for name in NAMES if sentence.startswith(name)), "prompt")
-    return [gr.validate(name != blamed, sentence if name == blamed else "") for name in NAMES]
+        blamed = next((name for name in names if sentence.startswith(name)), "prompt")
+    return [gr.validate(name != blamed, sentence if name == blamed else "") for name in names]
 
 
 @spaces.GPU(duration=duration)
 def generate(*values: Any) -> Iterator[tuple]:
+    *settings, allow_download = values
     with clear_errors():
-        for view in watch(checked(named(values))):
+        for view in watch(checked(named(settings)), allow_download):
             yield answer(view)
 
 
@@ -78,6 +84,8 @@ def answer(view: View) -> tuple:
         "metrics": finite(step.metrics) if step else {},
         "finished": view.finished,
     }
+    if view.download and view.directory is None:
+        status["download"] = dataclasses.asdict(view.download)
     preview = str(view.preview) if view.preview else None
     if not view.finished:
         return preview, status, None, None, None, None
@@ -103,6 +111,10 @@ def document(function: Any) -> None:
             inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=kind)
         )
         lines.append(f"    {name}: {help_line(name)}")
+    parameters.append(
+        inspect.Parameter("allow_download", inspect.Parameter.POSITIONAL_OR_KEYWORD, default=False, annotation=bool)
+    )
+    lines.append(f"    allow_download: {ALLOW_DOWNLOAD_HELP}")
     function.__signature__ = inspect.Signature(parameters)
     function.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     function.__doc__ = (
@@ -154,7 +166,7 @@ def picture(**options: Any) -> gr.Image:
 
 def bind() -> None:
     """Register both endpoints inside the Blocks being built, on invisible components."""
-    inputs = [_input(name) for name in NAMES]
+    inputs = [*map(_input, NAMES), gr.Checkbox(False, label="allow_download", visible=False)]
     outputs = [
         gr.Image(label="preview", visible=False, type="filepath"),
         gr.JSON(label="status", visible=False),

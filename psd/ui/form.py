@@ -6,6 +6,7 @@ Controls, presets, share links and dropped files all speak `RunConfig.to_dict()`
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping
@@ -16,8 +17,9 @@ import gradio as gr
 from PIL import Image
 
 from psd.config import MAX_PROMPT_CHARS, PRESETS, RunConfig
-from psd.priors import PRIORS
-from psd.rewards import REWARDS
+from psd.hub import is_cached
+from psd.priors import PRIORS, PriorInfo
+from psd.rewards import REWARDS, RewardInfo, reward_terms
 from psd.safety import RequestError, check_name, check_request
 from psd.scene.mesh import read_glb_extras
 
@@ -38,6 +40,7 @@ LABELS = {
     "t_anneal": "Annealing of t (3D)",
     "rescale": "Rescaling of x0 (3D)",
     "rank": "Ranking of views (3D)",
+    "view_prompts": "Name the view to the reward (3D)",
     "field": "Radiance field",
     "grid_size": "Grid (voxels)",
     "render_size": "Training renders (px)",
@@ -75,6 +78,8 @@ SLIDER_STEPS = {
 # A preset says how to draw; these say what, and stay as they are when another preset is chosen.
 KEPT_BY_PRESETS = ("prompt", "seed", "compare")
 MAX_SETTINGS_BYTES = 1_000_000
+# No setting: it changes no result, and a link or a preset must not carry somebody's consent.
+ALLOW_DOWNLOAD_HELP = "Fetch models that are not on the server yet; whoever sets it accepts their licences."
 
 
 def label(name: str) -> str:
@@ -207,12 +212,31 @@ def copy_link_js() -> str:
     )
 
 
+def known_models(prior: str, reward: str) -> dict[str, PriorInfo | RewardInfo]:
+    """The chosen models by name: of a mixture its members, none while it is still being typed."""
+    models: dict[str, PriorInfo | RewardInfo] = {prior: PRIORS[prior]} if prior in PRIORS else {}
+    with contextlib.suppress(RequestError):
+        models |= {name: REWARDS[name] for name in reward_terms(reward or "")}
+    return models
+
+
 def model_note(prior: str, reward: str) -> str:
     """What the chosen models are, their licence and download, to be read before anything is downloaded."""
     notes = []
-    for name, table in ((prior, PRIORS), (reward, REWARDS)):
-        if name in table:
-            info = table[name]
-            size = f"{info.download_mb} MB to download" if info.download_mb else "included"
-            notes.append(f"**{name}** · {info.about} {info.licence}, {size}.")
+    for name, info in known_models(prior, reward).items():
+        here = "downloaded" if is_cached(*info.sources) else f"{info.download_mb} MB to download"
+        size = here if info.download_mb else "included"
+        notes.append(f"**{name}** · {info.about} {info.licence}, {size}.")
     return "\n\n".join(notes)
+
+
+def download_box(prior: str, reward: str) -> dict[str, Any]:
+    """The checkbox that allows a download: what comes, under which licences; hidden where nothing has to come."""
+    missing = {name: info for name, info in known_models(prior, reward).items() if not is_cached(*info.sources)}
+    licences = "; ".join(f"{name}: {info.licence}" for name, info in missing.items())
+    return dict(
+        value=False,
+        visible=bool(missing),
+        label=f"Download {sum(info.download_mb for info in missing.values())} MB first, once",
+        info=f"I accept the licences. {licences}.",
+    )

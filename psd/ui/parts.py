@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -9,8 +10,9 @@ from html import escape
 from psd.config import PRESETS, RunConfig
 from psd.plots import Series, line_chart
 from psd.priors import PRIORS
-from psd.rewards import REWARDS
-from psd.ui.form import FIELDS, help_line
+from psd.rewards import REWARDS, reward_terms
+from psd.safety import RequestError
+from psd.ui.form import ALLOW_DOWNLOAD_HELP, FIELDS, help_line
 from psd.ui.session import View
 
 PAPER = "https://arxiv.org/abs/2603.01594"
@@ -29,6 +31,7 @@ real improvement from reward hacking.
 """
 
 TARGET_TAG = '<span class="psd-tag target">target</span>'
+MEMBER_TAG = '<span class="psd-tag target">part of the target</span>'
 HELD_OUT_TAG = '<span class="psd-tag">held-out: reward-hacking check</span>'
 
 
@@ -43,6 +46,12 @@ def status(text: str, share: float = 0.0, kind: str = "busy") -> str:
 
 
 def run_status(view: View) -> str:
+    if view.download and view.directory is None:
+        got = view.download
+        return status(
+            f"<b>Downloading {escape(got.name)}</b><span>{got.done_mb:.0f} of {got.total_mb:.0f} MB</span>",
+            got.done_mb / max(got.total_mb, 1e-6),
+        )
     if view.step is None:
         return status("Loading the models…" if view.directory is None else "Models are ready, first step…")
     step = view.step
@@ -107,6 +116,9 @@ def score_table(scores: Mapping[str, Mapping[str, float]], target: str) -> str:
         return ""
     names = list(dict.fromkeys(name for arm in scores.values() for name in arm))
     names.sort(key=lambda name: name != target)
+    members: Mapping[str, float] = {}
+    with contextlib.suppress(RequestError):  # another version's run may name what is unknown here
+        members = reward_terms(target)
     both = {"with", "without"} <= scores.keys()
     head = "".join(f"<th scope='col'>{escape(arm)}</th>" for arm in [*scores, *(["change"] if both else [])])
     body = ""
@@ -117,7 +129,7 @@ def score_table(scores: Mapping[str, Mapping[str, float]], target: str) -> str:
             change = values["with"] - values["without"]
             kind = "up" if change > 0 else "down" if change < 0 else ""
             cells += f"<td data-label='change' class='{kind}'>{f'{change:+.3f}' if math.isfinite(change) else '–'}</td>"
-        tag = TARGET_TAG if name == target else HELD_OUT_TAG
+        tag = TARGET_TAG if name == target else MEMBER_TAG if name in members else HELD_OUT_TAG
         body += f"<tr><th scope='row'>{escape(name)} {tag}</th>{cells}</tr>"
     return (
         f"<table class='psd-scores'><caption>Scores of the results, higher is better</caption>"
@@ -136,7 +148,7 @@ def estimate(config: RunConfig, run_s: float, gpu_s: int | None) -> str:
 
 
 def parameter_table() -> str:
-    """Every parameter of /generate, from the dataclass that the endpoint itself is made from."""
+    """Every parameter of /generate: the dataclass that the endpoint itself is made from, and its one permission."""
     rows = ""
     for name, field in FIELDS.items():
         choices, low, high = field.metadata["choices"], field.metadata["low"], field.metadata["high"]
@@ -149,6 +161,10 @@ def parameter_table() -> str:
             f"<td data-label='default'><code>{escape(default)}</code></td>"
             f"<td>{escape(help_line(name))}</td></tr>"
         )
+    rows += (
+        "<tr><th scope='row'><code>allow_download</code></th><td data-label='type'>bool</td>"
+        f"<td data-label='default'><code>False</code></td><td>{escape(ALLOW_DOWNLOAD_HELP)}</td></tr>"
+    )
     return (
         "<table class='psd-parameters'><thead><tr><th scope='col'>name</th><th scope='col'>type</th>"
         "<th scope='col'>default</th><th scope='col'>meaning</th></tr></thead>"

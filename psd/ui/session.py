@@ -24,7 +24,7 @@ from PIL import Image
 
 from psd import files
 from psd.config import RunConfig
-from psd.events import ARMS, Finished, Preview, Started, Step
+from psd.events import ARMS, Downloading, Finished, Preview, Started, Step
 from psd.priors import load_prior
 from psd.rewards import REWARDS, load_reward
 from psd.run import MODES, generate
@@ -48,6 +48,7 @@ class View:
     """A run at one moment. `rows` are the lines of metrics.csv so far."""
 
     config: RunConfig
+    download: Downloading | None = None
     directory: Path | None = None
     step: Step | None = None
     preview: Path | None = None
@@ -72,7 +73,7 @@ class Result:
     seconds: float = math.nan
 
 
-def watch(config: RunConfig) -> Iterator[View]:
+def watch(config: RunConfig, allow_download: bool = False) -> Iterator[View]:
     """Run and yield a View at the start, at the first preview, at 1-2 Hz and at the end; closing it cancels the run."""
     view = View(config)
     yield view
@@ -81,10 +82,12 @@ def watch(config: RunConfig) -> Iterator[View]:
         config = replace(config, time_budget_s=float(gpu_seconds(config)))
     rows: list[dict[str, float]] = []
     shown_at = 0.0
-    with contextlib.closing(generate(config, files.output_root())) as events:
+    with contextlib.closing(generate(config, files.output_root(), allow_download=allow_download)) as events:
         for event in events:
             urgent = False
             match event:
+                case Downloading():
+                    view = replace(view, download=event)
                 case Started():
                     view = replace(view, config=event.config, directory=event.directory, warnings=event.warnings)
                     urgent = True
@@ -206,4 +209,4 @@ def warm() -> None:
 
 def embedded_rewards() -> list[str]:
     """Rewards whose weights ship with this repository: scoring with them downloads nothing."""
-    return [name for name, info in REWARDS.items() if not info.download_mb]
+    return [name for name, info in REWARDS.items() if info.embedded]

