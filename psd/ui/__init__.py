@@ -46,22 +46,6 @@ STOP_PATIENCE_S = 20.0  # a stopped object's mesh and turntable are still being 
 IDLE = "Ready. Enter a prompt and press Run."
 DEVICE = {"concurrency_id": "device", "concurrency_limit": 1}
 SCROLL_JS = "() => { if (innerWidth < 860) document.querySelector('#results').scrollIntoView({behavior: 'smooth'}); }"
-# Turning one of the two viewers turns the other: what a visitor does to one canvas is told to the other one, too.
-LINK_VIEWERS_JS = """() => {
-    const canvas = id => document.querySelector(`#${id} canvas`);
-    for (const type of ['pointerdown', 'pointermove', 'pointerup', 'wheel']) {
-        document.addEventListener(type, event => {
-            if (!event.isTrusted) return;
-            const pair = [canvas('with_model'), canvas('without_model')], from = pair.indexOf(event.target);
-            if (from < 0 || !pair[1 - from]) return;
-            const here = pair[from].getBoundingClientRect(), there = pair[1 - from].getBoundingClientRect();
-            const told = {bubbles: true, cancelable: true, pointerId: event.pointerId, pointerType: event.pointerType,
-                button: event.button, buttons: event.buttons, deltaY: event.deltaY, ctrlKey: event.ctrlKey,
-                clientX: event.clientX - here.x + there.x, clientY: event.clientY - here.y + there.y};
-            pair[1 - from].dispatchEvent(new event.constructor(type, told));
-        }, true);
-    }
-}"""
 # What a run changes, in the order of every update below.
 OUTPUTS = ("status", "preview", "charts", "slider", "angle", "single", "scores", "files", "with_png", "without_png",
            "metrics_csv", "run_json", "object", "with_video", "without_video", "object_files", "directory")  # fmt: skip
@@ -313,7 +297,6 @@ def connect(
     form["restore"].upload(restore_file, form["restore"], restored, **light)
     form["copy_link"].click(None, inputs, form["link"], js=copy_link_js(), **private)
     demo.load(restore_link, None, restored, **light)
-    demo.load(None, js=LINK_VIEWERS_JS, **private)
 
     def show_example(event: gr.SelectData) -> list[Any]:
         return show_again(load_result(shown[event.index].directory))
