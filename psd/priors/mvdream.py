@@ -154,7 +154,8 @@ def start_from(unet2d: UNet2DConditionModel) -> UNet2DConditionModel:
     if unet2d.class_embedding is not None:
         raise ValueError("the UNet has a class embedding: start from a single-view UNet")
     cameras = dict(class_embed_type="projection", projection_class_embeddings_input_dim=CAMERA_DIM)
-    unet = type(unet2d).from_config(unet2d.config, **cameras).to(unet2d.device)
+    config = {name: value for name, value in unet2d.config.items() if name != "_name_or_path"}  # a path of this machine
+    unet = type(unet2d).from_config(config, **cameras).to(unet2d.device)
     unet.load_state_dict(unet2d.state_dict() | unet.class_embedding.state_dict(prefix="class_embedding."))
     torch.nn.init.zeros_(unet.class_embedding.linear_2.weight)
     torch.nn.init.zeros_(unet.class_embedding.linear_2.bias)
