@@ -21,7 +21,7 @@ from psd.scene.cameras import Cameras, Rig, orbit_cameras
 from psd.scene.fields import ConstantBackground, DirectionalBackground
 from psd.scene.mesh import EmptyScene, export_glb, export_obj_zip, export_ply, extract_mesh
 from psd.scene.render import Rendering, render_views
-from psd.scene.turntable import depth_picture, export_turntable, normal_picture, turntable_frames
+from psd.scene.turntable import bytes_of, depth_picture, export_turntable, normal_picture, turntable_frames
 
 SCORED_VIEWS = 12
 PREVIEW_VIEWS, PREVIEW_PX = 4, 64
@@ -79,8 +79,8 @@ class MakeObject:
             scores[name] = self._scores(name, rewards)
             about = {**settings, "arm": name, "scores": scores[name]}
             images[name] = files[f"{name}.png"] = directory / f"{name}.png"
-            front = orbit_cameras(1, azimuth_start_deg=FRONT_AZIMUTH_DEG, **self.frame.portrait)
-            export_png(images[name], to_uint8(self._look(arm, front, FRONT_PX).rgb[0].clamp(0, 1)), about)
+            front = self._look(arm, self._around(1, FRONT_AZIMUTH_DEG), FRONT_PX)
+            export_png(images[name], bytes_of(front.rgb)[0], about)
             files |= self._pictures(name, arm, directory, about)
             made, remarks["meshes"][name] = self._mesh(name, arm, directory, about)
             files |= made
@@ -102,7 +102,7 @@ class MakeObject:
         """Four sides in colour, depth and normals; the turntable."""
         seen = self._look(arm, self._around(4), SHEET_PX, with_normals=True)
         rows = [
-            np.concatenate([to_uint8(view.clamp(0, 1)) for view in seen.rgb], 1),
+            np.concatenate(list(bytes_of(seen.rgb)), 1),
             np.concatenate(list(depth_picture(seen)), 1),
             np.concatenate(list(normal_picture(seen)), 1),
         ]

@@ -26,7 +26,7 @@ from psd.priors import load_prior
 from psd.rewards import load_attributes, load_reward
 from psd.run import generate
 from psd.toybox import world
-from psd.toybox.facts import GROUPS, check_facts, read_facts
+from psd.toybox.facts import GROUPS, check_facts, kind_right, read_facts
 
 PRESET, PROMPTS, SEEDS, BATCH = "toybox-fast", 20, 2, 1
 SHEET_COLUMNS = 4
@@ -94,10 +94,6 @@ def seen_in(views: Float[Tensor, "V 3 H W"], scene: world.Scene) -> dict[str, fl
         "facts": 100 * float(np.mean([ok for facts in held for ok in facts.values()])),
         "consistency": 100 * max(map(kinds.count, kinds)) / len(kinds),
     }
-
-
-def kind_right(held: dict[str, bool]) -> bool:
-    return all(ok for group, ok in held.items() if group.startswith("kind"))
 
 
 class Cost(NamedTuple):

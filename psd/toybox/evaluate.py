@@ -16,7 +16,7 @@ from psd.priors import load_prior
 from psd.rewards import load_attributes, load_reward
 from psd.toybox import world
 from psd.toybox.dataset import Renders
-from psd.toybox.facts import check_facts, read_facts
+from psd.toybox.facts import check_facts, kind_right, read_facts
 from psd.toybox.pairs import broken_latents, clean_examples, ranked_batch, to_pixels
 
 HELDOUT_SEED = 90  # data seed of the held-out renders; training uses 1, 2 and 3
@@ -64,9 +64,7 @@ def facts_shares(held: list[dict[str, bool]], name: str) -> dict[str, float]:
     percent = lambda values: 100 * float(np.mean(list(values)))  # noqa: E731
     shares = {
         f"{name}, facts right (%)": percent(ok for facts in held for ok in facts.values()),
-        f"{name}, kind right (%)": percent(
-            all(ok for group, ok in facts.items() if group.startswith("kind")) for facts in held
-        ),
+        f"{name}, kind right (%)": percent(kind_right(facts) for facts in held),
         f"{name}, every fact right (%)": percent(all(facts.values()) for facts in held),
     }
     for group in dict.fromkeys(group for facts in held for group in facts):

@@ -50,6 +50,11 @@ def check_facts(scene: world.Scene, seen: dict[str, str]) -> dict[str, bool]:
     return _matches(scene, seen)
 
 
+def kind_right(held: dict[str, bool]) -> bool:
+    """Whether `check_facts` found every kind as stated."""
+    return all(ok for group, ok in held.items() if group.startswith("kind"))
+
+
 def _matches(scene: world.Scene, seen: dict[str, str]) -> dict[str, bool]:
     stated = dict(fact.split("=") for fact in scene.facts())
     return {group: seen[group] == value for group, value in stated.items()}
