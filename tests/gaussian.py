@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from psd.methods import Predictions
+from psd.schedule import NoiseSchedule
 
 
 @dataclass(frozen=True)
@@ -33,3 +36,29 @@ class GaussianPrior:
 def gaussian_eps(x_t: Tensor, mu: float | Tensor, s: float, alpha_t: Tensor, sigma_t: Tensor) -> Tensor:
     """-sigma_t * grad log q(x_t), where q(x_t) = N(alpha_t mu, alpha_t^2 s^2 + sigma_t^2)."""
     return sigma_t * (x_t - alpha_t * mu) / (alpha_t**2 * s**2 + sigma_t**2)
+
+
+@dataclass
+class ExactPrior:
+    """q(x_0 | cond) = N(mean(cond), 0.5^2 I): eps is known, and the condition's gradient too. Counts its forwards."""
+
+    latent_shape: tuple[int, int, int] = (2, 3, 3)
+    alphas_cumprod: Float[Tensor, " T"] = field(default_factory=lambda: torch.linspace(0.999, 0.01, 1000))
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    plain_rows: list[int] = field(default_factory=list)
+    gradient_rows: list[int] = field(default_factory=list)
+
+    def embed(self, prompts: list[str]) -> Tensor:
+        return torch.stack([torch.full((4, 2), 0.1 * len(prompt)) for prompt in prompts])
+
+    def encode(self, images: Tensor) -> Tensor:
+        return images
+
+    def decode(self, x: Tensor) -> Tensor:
+        return x
+
+    def eps(self, x_t: Tensor, t: int, cond: Tensor, cameras: Tensor | None = None) -> Tensor:
+        (self.gradient_rows if torch.is_grad_enabled() else self.plain_rows).append(len(x_t))
+        schedule = NoiseSchedule(self.alphas_cumprod)
+        mu = cond.mean((1, 2))[:, None, None, None]
+        return gaussian_eps(x_t, mu, 0.5, schedule.alpha_t(t), schedule.sigma_t(t))

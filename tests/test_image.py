@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,36 +12,10 @@ from torch import Tensor
 from psd.config import RunConfig
 from psd.image import ImageStep, distil_image
 from psd.schedule import NoiseSchedule, descending_timesteps
-from tests.gaussian import gaussian_eps
+from tests.gaussian import ExactPrior
 
 CONFIG = RunConfig.from_preset(prompt="x", steps=8, negative_lr=1e-2)
 SHAPE = (2, 3, 3)
-
-
-@dataclass
-class ExactPrior:
-    """q(x_0 | cond) = N(mean(cond), 0.5^2 I): eps is known, and the condition's gradient too. Counts its forwards."""
-
-    latent_shape: tuple[int, int, int] = SHAPE
-    alphas_cumprod: Float[Tensor, " T"] = field(default_factory=lambda: torch.linspace(0.999, 0.01, 1000))
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    plain_rows: list[int] = field(default_factory=list)
-    gradient_rows: list[int] = field(default_factory=list)
-
-    def embed(self, prompts: list[str]) -> Tensor:
-        return torch.stack([torch.full((4, 2), 0.1 * len(prompt)) for prompt in prompts])
-
-    def encode(self, images: Tensor) -> Tensor:
-        return images
-
-    def decode(self, x: Tensor) -> Tensor:
-        return x
-
-    def eps(self, x_t: Tensor, t: int, cond: Tensor, cameras: Tensor | None = None) -> Tensor:
-        (self.gradient_rows if torch.is_grad_enabled() else self.plain_rows).append(len(x_t))
-        schedule = NoiseSchedule(self.alphas_cumprod)
-        mu = cond.mean((1, 2))[:, None, None, None]
-        return gaussian_eps(x_t, mu, 0.5, schedule.alpha_t(t), schedule.sigma_t(t))
 
 
 def score(x_0: Float[Tensor, "N B C h w"]) -> Float[Tensor, "N B"]:

@@ -6,15 +6,13 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from psd.config import RunConfig
 from psd.object3d import ObjectArm, ObjectStep, anneal_timestep, distil_object, start_field, view_scorer
 from psd.scene.cameras import Rig, orbit_cameras
 from psd.scene.fields import ConstantBackground, DirectionalBackground
-from psd.schedule import NoiseSchedule
-from tests.gaussian import gaussian_eps
+from tests import gaussian
 
 SIDE = 8
 CONFIG = RunConfig(
@@ -24,34 +22,18 @@ CONFIG = RunConfig(
 
 
 @dataclass
-class ExactPrior:
-    """q(x_0 | cond) = N(mean(cond), 0.5^2 I) on plain pixels; counts rows, keeps the cameras it was told."""
+class ExactPrior(gaussian.ExactPrior):
+    """On plain pixels, of four views; keeps the cameras it was told, and answers `spoil` times what is right."""
 
     views: int = 4
     image_size: int = SIDE
     latent_shape: tuple[int, int, int] = (3, SIDE, SIDE)
-    alphas_cumprod: Float[Tensor, " T"] = field(default_factory=lambda: torch.linspace(0.999, 0.01, 1000))
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    plain_rows: list[int] = field(default_factory=list)
-    gradient_rows: list[int] = field(default_factory=list)
     cameras: list[Tensor] = field(default_factory=list)
     spoil: float = 1.0
 
-    def embed(self, prompts: list[str]) -> Tensor:
-        return torch.stack([torch.full((4, 2), 0.1 * len(prompt)) for prompt in prompts])
-
-    def encode(self, images: Tensor) -> Tensor:
-        return images
-
-    def decode(self, x: Tensor) -> Tensor:
-        return x
-
     def eps(self, x_t: Tensor, t: int, cond: Tensor, cameras: Tensor | None = None) -> Tensor:
-        (self.gradient_rows if torch.is_grad_enabled() else self.plain_rows).append(len(x_t))
         self.cameras.append(cameras)
-        schedule = NoiseSchedule(self.alphas_cumprod)
-        mu = cond.mean((1, 2))[:, None, None, None]
-        return self.spoil * gaussian_eps(x_t, mu, 0.5, schedule.alpha_t(t), schedule.sigma_t(t))
+        return self.spoil * super().eps(x_t, t, cond, cameras)
 
 
 def brightness(images: Tensor, prompts: list[str]) -> Tensor:
