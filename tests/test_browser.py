@@ -182,7 +182,7 @@ def test_a_download_is_asked_for_with_size_and_licences(browser: Browser, app_ur
 
 
 def test_an_object_ends_upright_and_coloured_in_both_viewers(browser: Browser, app_url: str, tmp_path: Path):
-    """The preset with fewer steps: a red cap over a white stem in both arms; a drag turns it."""
+    """The preset with fewer steps: a red cap over a white stem in both arms; a drag of one turns both."""
     page, faults = open_page(browser, app_url, 1440, "light")
     page.get_by_label("3D object").check()
     page.get_by_text("toybox/mvdream", exact=False).first.wait_for()
@@ -200,14 +200,16 @@ def test_an_object_ends_upright_and_coloured_in_both_viewers(browser: Browser, a
     set_number(page, "angle", 90)
     page.wait_for_function("front => document.querySelector('#slider img').src !== front", arg=front)
 
-    before = viewer(page, "with", tmp_path / "before.png")
+    before = {arm: viewer(page, arm, tmp_path / f"{arm}-before.png") for arm in ("with", "without")}
     box = page.locator("#with_model canvas").bounding_box()
     page.mouse.move(box["x"] + 0.4 * box["width"], box["y"] + box["height"] / 2)
     page.mouse.down()
     page.mouse.move(box["x"] + 0.6 * box["width"], box["y"] + 0.9 * box["height"], steps=8)
     page.mouse.up()
     page.wait_for_timeout(2000)
-    assert np.abs(viewer(page, "with", tmp_path / "turned.png") - before).mean() > 2, "it did not turn"
+    for arm, picture in before.items():
+        turned = viewer(page, arm, tmp_path / f"{arm}-turned.png")
+        assert np.abs(turned - picture).mean() > 2, f"the object {arm} preference did not turn"
     assert unlabelled(page) == []
     assert faults == []
     page.close()

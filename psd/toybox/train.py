@@ -31,6 +31,7 @@ from psd.toybox.pairs import broken_latents, clean_examples, normalise, ranked_b
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets" / "toybox"
 CHECKPOINT_EVERY_S = 240
+WARM_KEYS = 10**7  # where a warm run's draws begin
 NULL_CAPTION_SHARE = 0.1  # prompts dropped for classifier-free guidance
 
 # stage -> optimiser steps, batch, peak learning rate, data seed. Seeds differ so that no model grades its own examples.
@@ -88,6 +89,7 @@ def run_stage(
             part.load_state_dict(saved_weights(ASSETS / folder))
         if name not in bench.stages:
             return module.eval()
+    first_key = WARM_KEYS if bench.warm else 0  # the first cycle's draws and noises would teach little again
     optimizer = torch.optim.AdamW(module.parameters(), peak, betas=(0.9, 0.99), weight_decay=0.01)
     best, start = copy.deepcopy(module).requires_grad_(False) if average else module, 0
     if file.exists():
@@ -117,7 +119,7 @@ def run_stage(
         cooled = 0.5 * (1 + math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
             group["lr"] = peak * warm_up * max(cooled, 0.01)
-        loss = loss_of(step * ranks + rank, batch // ranks)
+        loss = loss_of(first_key + step * ranks + rank, batch // ranks)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if ranks > 1:

@@ -39,7 +39,7 @@ STAGES |= {
     "views":      ( 1000,  64, 1.0e-3, 5),
 }  # fmt: skip
 GROUPS_DRAWN = {4: 12288, 5: 4096}  # data seed -> how many groups
-SINGLE_SHARE = 0.3  # of a step's images: pictures without a camera, as MVDream mixes them, with this share of the loss
+SINGLE_SHARE = 0.15  # of a step's images: pictures without a camera, as MVDream mixes them, with this share of the loss
 SINGLES_SEED = 1  # their data seed: what toybox/sd was trained on
 CAMERA_GAIN, CAMERA_STD = 4.0, 0.5  # of the camera embedding at the start, see `open_camera`
 IGNORED = -100  # as a class label: cross_entropy's own

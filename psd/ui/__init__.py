@@ -50,6 +50,21 @@ SCROLL_JS = "() => { if (innerWidth < 860) document.querySelector('#results').sc
 OUTPUTS = ("status", "preview", "charts", "slider", "angle", "single", "scores", "files", "with_png", "without_png",
            "metrics_csv", "run_json", "object", "with_video", "without_video", "object_files", "directory")  # fmt: skip
 MODELS = ("with_model", "without_model")  # set by an event of their own: see `show_models`
+# Gradio keeps `camera_position` up to date but has no event for it: while one viewer is being turned, or glides on, its
+# hidden button is pressed, and the other viewer takes its camera over.
+FOLLOW_JS = """() => {
+    let viewer, until, timer;
+    const follow = event => {
+        const turned = event.target.closest?.('#with_model, #without_model');
+        if (!turned || (event.type === 'pointermove' && !event.buttons)) return;
+        [viewer, until] = [turned, Date.now() + 1000];
+        timer ??= setInterval(() => {
+            document.querySelector(`#follow_${viewer.id}`)?.click();
+            if (Date.now() > until) timer = clearInterval(timer);
+        }, 80);
+    };
+    for (const type of ['pointermove', 'wheel']) addEventListener(type, follow, {capture: true, passive: true});
+}"""
 
 
 def build_demo() -> gr.Blocks:
@@ -176,11 +191,12 @@ def build_results(shown: list[examples.Example]) -> tuple[dict[str, Any], dict[s
     )  # fmt: skip
     with gr.Group(visible=False, elem_id="object") as outputs["object"]:
         with gr.Row(elem_classes="pair", elem_id="models"):
-            for name, text in zip(MODELS, ("With preference: drag to turn", "Without"), strict=True):
+            for name, text in zip(MODELS, ("With preference: drag to turn both", "Without"), strict=True):
                 outputs[name] = gr.Model3D(
                     label=text, interactive=False, height=320, clear_color=(0.86, 0.88, 0.90, 1.0), min_width=140,
                     elem_id=name,
                 )  # fmt: skip
+        follow = {name: gr.Button(visible="hidden", elem_id=f"follow_{name}") for name in MODELS}
         with gr.Row(elem_classes="pair"):
             for name in ("with_video", "without_video"):
                 outputs[name] = gr.Video(
@@ -210,6 +226,11 @@ def build_results(shown: list[examples.Example]) -> tuple[dict[str, Any], dict[s
         elem_classes="thumbs",
     )  # fmt: skip
     galleries |= {name: outputs[name] for name in MODELS}
+    for turned, other in (MODELS, MODELS[::-1]):
+        follow[turned].click(
+            same_camera, outputs[turned], outputs[other], queue=False, trigger_mode="always_last",
+            show_progress="hidden", api_visibility="private",
+        )  # fmt: skip
     return {name: outputs[name] for name in OUTPUTS}, galleries
 
 
@@ -297,6 +318,7 @@ def connect(
     form["restore"].upload(restore_file, form["restore"], restored, **light)
     form["copy_link"].click(None, inputs, form["link"], js=copy_link_js(), **private)
     demo.load(restore_link, None, restored, **light)
+    demo.load(None, js=FOLLOW_JS, **private)
 
     def show_example(event: gr.SelectData) -> list[Any]:
         return show_again(load_result(shown[event.index].directory))
@@ -410,7 +432,17 @@ def video(result: Result, arm: str) -> dict[str, Any]:
 def show_models(directory: str | None) -> list[Any]:
     """The meshes of the run. An event of its own: a generator whose last item holds a new mesh leaves viewers blank."""
     models = load_result(Path(directory)).models if directory else {}
-    return [gr.update(value=str(models[arm]) if arm in models else None, visible=arm in models) for arm in ARMS]
+    return [
+        gr.update(
+            value=str(models[arm]) if arm in models else None, visible=arm in models, camera_position=(None, None, None)
+        )
+        for arm in ARMS
+    ]
+
+
+def same_camera(turned: gr.Model3D) -> Any:
+    """The other viewer's camera, by the one that was turned."""
+    return gr.update(camera_position=turned.camera_position)
 
 
 def same_angle(directory: str | None, angle_deg: float) -> Any:
