@@ -86,9 +86,13 @@ class MakeObject:
             files |= made
         return images, scores, files, remarks
 
+    @property
+    def scored_cameras(self) -> Cameras:
+        return self._around(SCORED_VIEWS)
+
     def scored_views(self, name: str) -> Float[Tensor, "12 3 H W"]:
         """An arm's object from all around, as it is scored; in [0, 1], of the prior's size."""
-        return self._look(self.arms[name], self._around(SCORED_VIEWS), self.prior.image_size).rgb.clamp(0, 1)
+        return self._look(self.arms[name], self.scored_cameras, self.prior.image_size).rgb.clamp(0, 1)
 
     @torch.no_grad()
     def _scores(self, name: str, rewards: dict[str, Reward]) -> dict[str, float]:

@@ -97,6 +97,6 @@ def table(found: Found, columns: dict[str, Column], plain: str, extra: dict[str,
                 mean, low, high = interval(values[name] - found[plain][name])
                 cell += f"<br>{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
             cells.append(cell)
-        cells += [cell_of[arm] for cell_of in extra.values()]
+        cells += [cell_of.get(arm, "") for cell_of in extra.values()]
         lines.append(f"| {arm} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -25,12 +25,16 @@ from psd.make_object import MakeObject
 from psd.priors import load_prior
 from psd.rewards import load_attributes, load_reward
 from psd.run import generate
+from psd.scene.cameras import Cameras
 from psd.toybox import world
 from psd.toybox.facts import GROUPS, check_facts, kind_right, read_facts
+from psd.toybox.pairs import to_pixels
+from psd.toybox.raster import render
 
 PRESET, PROMPTS, SEEDS, BATCH = "toybox-fast", 20, 2, 1
 SHEET_COLUMNS = 4
 PLAIN = "without preference"
+TRUTH = "the world's own object"  # what the classifier and the rewards make of the real thing: no run can ask for more
 COLUMNS = {
     "target": Column("target reward", 2),
     "judge": Column("held-out judge", 2),
@@ -59,18 +63,26 @@ def run_batch(config: RunConfig, device: str, pictures: Path, jobs: list[Job]) -
         make = MakeObject(run, arms_of(run), prior, target)
         for _ in make.steps():
             pass
-        rows = []
-        for name in make.arms:
-            views = make.scored_views(name)
+        seen = {name: make.scored_views(name) for name in make.arms}
+        rows = [torch.cat(list(views[::3]), -1) for views in seen.values()]
+        save_picture(pictures, (scene, seed), torch.cat(rows, -2))
+        seen[TRUTH] = true_views(scene, seed, make.scored_cameras, prior.image_size).to(device)
+        for name, views in seen.items():
             measured = {
                 reward_name: reward(views, [run.prompt] * len(views)).mean().item()
                 for reward_name, reward in (("target", target), ("judge", judge))
             } | seen_in(views, scene)
             for column, value in measured.items():
                 found.setdefault(name, {}).setdefault(column, []).append(value)
-            rows.append(torch.cat(list(views[::3]), -1))
-        save_picture(pictures, (scene, seed), torch.cat(rows, -2))
     return found
+
+
+def true_views(scene: world.Scene, seed: int, cameras: Cameras, size: int) -> Float[Tensor, "V 3 S S"]:
+    """One instance of the scene, as the toybox draws it, from `cameras`; in [0, 1]."""
+    surfaces = world.build(scene, np.random.default_rng(seed))
+    fovy_deg = float(cameras.fovy_deg[0])
+    images = np.stack([render(surfaces, pose, size, fovy_deg) for pose in cameras.c2w.cpu().numpy()])
+    return to_pixels(images, torch.device("cpu"))
 
 
 @torch.no_grad()
