@@ -256,6 +256,19 @@ def test_recoloured_pictures_are_asked_for_shapes_alone():
         assert torch.equal(asked[:, i], expected)
 
 
+def test_worn_pictures_are_blurred_or_mottled_where_the_object_is():
+    background = torch.from_numpy(train_mvdream.BACKGROUND).view(1, 3, 1, 1)
+    pixels = background.repeat(64, 1, 32, 32)
+    pixels[..., 8:24, 8:24] = 0.5
+    worn = train_mvdream.wear(pixels, np.random.default_rng(0))
+    assert worn.shape == pixels.shape and worn.min() >= 0 and worn.max() <= 1
+    blurred, sharp = worn.split(32)
+    torch.testing.assert_close(sharp[..., :7, :], pixels[32:, :, :7, :], rtol=0, atol=0)  # nothing beside the object
+    mottled = (sharp[..., 8:24, 8:24] != 0.5).flatten(1).any(1)
+    assert 8 < mottled.sum() < 24
+    assert (blurred[:, 0, 7, 16] < background[0, 0]).all(), "no soft edge"
+
+
 # Measures.
 class TellsTheTruth(AttributeClassifier):
     """A classifier that has read the scenes and the angles."""

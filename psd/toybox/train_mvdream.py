@@ -30,15 +30,16 @@ from psd.toybox import models, train
 from psd.toybox.dataset import Example, example
 from psd.toybox.facts import GROUPS, labels
 from psd.toybox.pairs import normalise, to_pixels
+from psd.toybox.raster import BACKGROUND
 from psd.toybox.train import NULL_CAPTION_SHARE, STAGES, Bench, augment, encode_all, group_loss, run_stage
 from psd.toybox.views import AZIMUTHS, TOYBOX_RIG, VIEW_GROUPS, VIEWS, Groups, azimuth_target, shows_azimuth
 
 # As in psd.toybox.train: steps, batch (groups of views; single views), peak learning rate, data seed.
 STAGES |= {
     "mvdream":    ( 3000,   8, 4.0e-4, 4),
-    "views":      ( 1000,  64, 1.0e-3, 5),
+    "views":      ( 3000,  64, 1.0e-3, 5),
 }  # fmt: skip
-GROUPS_DRAWN = {4: 12288, 5: 4096}  # data seed -> how many groups
+GROUPS_DRAWN = {4: 12288, 5: 8192}  # data seed -> how many groups
 SINGLE_SHARE = 0.15  # of a step's images: pictures without a camera, as MVDream mixes them, with this share of the loss
 SINGLES_SEED = 1  # their data seed: what toybox/sd was trained on
 CAMERA_GAIN, CAMERA_STD = 4.0, 0.5  # of the camera embedding at the start, see `open_camera`
@@ -181,7 +182,7 @@ def train_views(bench: Bench) -> nn.Module:
         rng = np.random.default_rng([109, step])
         index, view = rng.integers(groups.count, size=batch), rng.integers(VIEWS, size=batch)
         pixels = to_pixels(groups.take(index)[np.arange(batch), view], bench.device)
-        pixels, stated_facts = recolour(augment(pixels, rng), facts[index], rng)
+        pixels, stated_facts = recolour(augment(wear(pixels, rng), rng), facts[index], rng)
         with bench.autocast():
             logits = model(normalise(pixels)).logits
         stated, seen_from = logits.float().tensor_split([-len(AZIMUTHS)], 1)
@@ -193,6 +194,20 @@ def train_views(bench: Bench) -> nn.Module:
         models.save_attributes(train.ASSETS / "views", best)
 
     return run_stage(bench, "views", model, loss_of, save, {"views": model}, average=0.995)
+
+
+def wear(pixels: Float[Tensor, "B 3 H W"], rng: np.random.Generator) -> Float[Tensor, "B 3 H W"]:
+    """What distilled objects look like beside clean renders: every second picture mottled, half of them blurred."""
+    batch, _, size, _ = pixels.shape
+    spots = torch.from_numpy(rng.normal(size=(batch, 3, size // 8, size // 8))).to(pixels)
+    spots *= torch.from_numpy(rng.uniform(0, 0.2, batch) * (rng.random(batch) < 0.5)).to(pixels).view(-1, 1, 1, 1)
+    background = torch.from_numpy(BACKGROUND).to(pixels).view(1, 3, 1, 1)
+    thing = (pixels - background).abs().amax(1, keepdim=True) > 0.02
+    pixels = pixels + thing * F.interpolate(spots, size=(size, size), mode="bilinear")
+    coarse = int(rng.integers(size // 4, size // 2))
+    half = F.interpolate(pixels[: batch // 2], size=(coarse, coarse), mode="bilinear", antialias=True)
+    half = F.interpolate(half, size=(size, size), mode="bilinear")
+    return torch.cat([half, pixels[batch // 2 :]]).clamp(0, 1)
 
 
 @torch.no_grad()
