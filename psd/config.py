@@ -164,8 +164,9 @@ class RunConfig:
         0, "Side of the image in pixels, a multiple of 64; 0 = the prior's own.", low=0, high=1024, group="run"
     )
     time_budget_s: float = setting(
-        0.0, "Stop and export at 90 % of this many seconds; 0 = no limit.", low=0.0, high=86_400.0, group="run"
-    )
+        0.0, "Stop and export at 90 % of this many seconds, loading included; 0 = no limit.",
+        low=0.0, high=86_400.0, group="run",
+    )  # fmt: skip
 
     @classmethod
     def from_preset(cls, preset: str | None = None, **overrides: Any) -> RunConfig:

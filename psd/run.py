@@ -21,7 +21,7 @@ from torch import Tensor
 import psd
 from psd.config import RunConfig
 from psd.contracts import Reward
-from psd.events import Finished, Preview, Started, Step
+from psd.events import Downloading, Finished, Preview, Started, Step
 from psd.export import export_json, export_metrics
 from psd.hub import download
 from psd.image import ImageStep
@@ -39,7 +39,7 @@ MODES = {"image": MakeImage, "3d": MakeObject}
 State = ImageStep | ObjectStep
 
 MEASURED_STEPS = 25  # rewards of both arms are measured this often in a run, and at every preview
-BUDGET_SHARE = 0.9  # of the time budget goes to the loop, the rest to scores and files
+BUDGET_SHARE = 0.9  # of the time budget goes to loading and the loop, the rest to scores and files
 
 
 def generate(
@@ -51,10 +51,8 @@ def generate(
     heavy for a bad request and while loading for missing weights.
     """
     check_request(config, allow_local=True)
-    check_downloads(config, allow_download)
-    for info in missing_models(config).values():
-        for source in info.sources:
-            yield from download(source)
+    yield from fetch_models(config, allow_download)
+    called = time.monotonic()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     prior = load_prior(config.prior, device)
     rewards = load_rewards(config.reward, device)
@@ -84,7 +82,8 @@ def generate(
             if preview_due:
                 previewed = now
                 yield Preview(state.step, make.preview(state, views))
-            if config.time_budget_s and elapsed > BUDGET_SHARE * config.time_budget_s and state.step < config.steps:
+            over = config.time_budget_s and time.monotonic() - called > BUDGET_SHARE * config.time_budget_s
+            if over and state.step < config.steps:
                 record.stopped = (
                     f"The time budget of {config.time_budget_s:g} s was nearly used: "
                     f"stopped after step {state.step} of {config.steps}."
@@ -100,6 +99,14 @@ def generate(
         if device != "cpu":
             torch.cuda.empty_cache()
     yield finished
+
+
+def fetch_models(config: RunConfig, allow_download: bool = True) -> Iterator[Downloading]:
+    """Download what a run of a checked `config` needs and this machine lacks. Raises RequestError."""
+    check_downloads(config, allow_download)
+    for info in missing_models(config).values():
+        for source in info.sources:
+            yield from download(source)
 
 
 def arms_of(config: RunConfig) -> dict[str, RunConfig]:

@@ -322,6 +322,39 @@ def test_duration_grows_with_the_work_and_is_bounded():
     short, long = (RunConfig(prompt=PROMPT, steps=steps) for steps in (10, 1000))
     assert 15 <= session.gpu_seconds(short) < session.gpu_seconds(long) <= 120
     assert session.estimate_s(dataclasses.replace(long, time_budget_s=10.0)) <= 10
+    assert session.gpu_steps(short) == 10 and 10 < session.gpu_steps(dataclasses.replace(long, mode="3d")) < 1000
+    assert "ends the run after about 40 steps" in parts.estimate(long, 200.0, 120, 40)
+
+
+@pytest.mark.parametrize("mode", ["image", "3d"])
+def test_the_reserved_seconds_cover_a_run(mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """By the first guess and by what the first run has measured; without reserving a multiple of what is used."""
+    monkeypatch.setattr(session, "measured_step_s", {})
+    monkeypatch.setattr(session.files, "output_root", lambda: tmp_path)
+    config = RunConfig.from_preset(mode=mode, prompt=PROMPT, steps=8)
+    for _ in range(2):
+        reserved, estimated = session.gpu_seconds(config), session.estimate_s(config)
+        started = time.monotonic()
+        *_, last = session.watch(config)
+        taken = time.monotonic() - started
+        assert last.finished and taken < reserved
+    assert estimated / 3 < taken < 3 * estimated
+
+
+def test_on_zero_gpu_a_run_ends_within_its_seconds_and_downloads_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(session, "ON_ZERO_GPU", True)
+    monkeypatch.setattr(session, "gpu_seconds", lambda config: 4)
+    monkeypatch.setattr(session.files, "output_root", lambda: tmp_path)
+    started = time.monotonic()
+    *_, last = session.watch(RunConfig.from_preset("toybox-image", prompt=PROMPT, steps=1000))
+    assert time.monotonic() - started < 4
+    result = session.load_result(last.directory)
+    assert "time budget of 4 s" in result.stopped and set(result.images) == {"with", "without"}
+
+    with pytest.raises(RequestError, match=r"stable-diffusion-v1-5 and hpsv2\.1 must be downloaded first"):
+        list(session.watch(RunConfig.from_preset("sd15-paper", prompt=PROMPT), allow_download=True))
 
 
 def test_old_runs_are_removed_files_and_folders(tmp_path: Path):

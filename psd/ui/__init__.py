@@ -39,7 +39,19 @@ from psd.ui.form import (
     settings_of_file,
     settings_of_query,
 )
-from psd.ui.session import ON_ZERO_GPU, Result, View, clear_errors, estimate_s, gpu_seconds, load_result, watch
+from psd.ui.session import (
+    ON_ZERO_GPU,
+    Result,
+    View,
+    clear_errors,
+    estimate_s,
+    fetch,
+    gpu_seconds,
+    gpu_steps,
+    load_result,
+    note_speed,
+    watch,
+)
 
 MAX_HISTORY = 12
 STOP_PATIENCE_S = 20.0  # a stopped object's mesh and turntable are still being written
@@ -284,18 +296,20 @@ def connect(
     )  # fmt: skip
     # On a phone the results are below the form: bring them into view.
     prepared.success(None, js=SCROLL_JS, **private)
-    run = prepared.success(
-        run_form, [*inputs, form["allow_download"]], results, **private, **DEVICE, show_progress="hidden"
-    )
+    asked = [*inputs, form["allow_download"]]
+    fetched = prepared.success(fetch_form, asked, results, **light)
+    run = fetched.success(run_form, asked, results, **private, **DEVICE, show_progress="hidden")
     models = (show_models, outputs["directory"], [galleries[name] for name in MODELS])
     chosen, notes = [controls["prior"], controls["reward"]], [form["models"], form["allow_download"]]
     run.then(idle_buttons, None, run_stop, **light).then(*models, **light).then(*remember, **light).then(
         models_used, chosen, notes, **light
     )
+    fetched.failure(idle_buttons, None, run_stop, **light)
     # Gradio cancels only after a click's own function has returned, so the partial result is a second event.
-    form["stop"].click(None, cancels=[run], **private).then(show_partial, outputs["directory"], results, **light).then(
-        idle_buttons, None, run_stop, **light
-    ).then(*models, **light).then(*remember, **light)
+    stopped = form["stop"].click(None, cancels=[fetched, run], **private)
+    stopped.then(show_partial, outputs["directory"], results, **light).then(idle_buttons, None, run_stop, **light).then(
+        *models, **light
+    ).then(*remember, **light)
 
     outputs["angle"].input(
         same_angle, [outputs["directory"], outputs["angle"]], outputs["slider"], trigger_mode="always_last", **light
@@ -362,6 +376,14 @@ def prepare(randomise: bool, allow_download: bool, *values: Any) -> list[Any]:
         directory=None,
     )
     return [config.seed, gr.update(interactive=False), gr.update(interactive=True), *cleared]
+
+
+def fetch_form(*values: Any) -> Iterator[list[Any]]:
+    """Before the run: the downloads that it needs. The last value is `allow_download`."""
+    *settings, allow_download = values
+    with clear_errors():
+        for view in fetch(checked(named(settings)), allow_download):
+            yield show(view)
 
 
 def form_duration(*values: Any) -> int:
@@ -483,6 +505,8 @@ def remember_run(directory: str | None, history: list[str]) -> tuple[Any, Any]:
     known = [entry for entry in history if entry != directory]
     folders = [entry for entry in [directory, *known] if entry and load_result(Path(entry)).images][:MAX_HISTORY]
     results = [load_result(Path(folder)) for folder in folders]
+    if folders[:1] == [directory]:  # a GPU worker of ZeroGPU cannot tell this process how fast it was
+        note_speed(RunConfig.from_dict(results[0].settings), results[0].seconds, len(results[0].rows))
     pictures = [(str(first_image(result)), caption(result)) for result in results]
     return folders, gr.update(value=pictures, visible=bool(pictures))
 
@@ -531,4 +555,6 @@ def estimate_of(settings: dict[str, Any]) -> str:
         config = checked({**settings, "prompt": settings.get("prompt") or "any"})
     except RequestError:
         return ""
-    return parts.estimate(config, estimate_s(config), gpu_seconds(config) if ON_ZERO_GPU else None)
+    if not ON_ZERO_GPU:
+        return parts.estimate(config, estimate_s(config))
+    return parts.estimate(config, estimate_s(config), gpu_seconds(config), gpu_steps(config))

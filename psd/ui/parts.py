@@ -141,9 +141,12 @@ def score(value: float) -> str:
     return f"{value:.3f}" if math.isfinite(value) else "–"
 
 
-def estimate(config: RunConfig, run_s: float, gpu_s: int | None) -> str:
+def estimate(config: RunConfig, run_s: float, gpu_s: int = 0, gpu_steps: int = 0) -> str:
+    """The line under Run; `gpu_s` seconds of a rented GPU are enough for `gpu_steps` of the steps."""
     arms = "both arms" if config.compare else "one arm"
-    quota = f" · reserves {gpu_s} s of GPU quota" if gpu_s is not None else ""
+    quota = f" · reserves {gpu_s} s of GPU quota" if gpu_s else ""
+    if gpu_s and gpu_steps < config.steps:
+        quota += f", which ends the run after about {gpu_steps} steps: choose fewer, or switch the comparison off"
     return f'<p class="psd-estimate">About {seconds(run_s)} · {config.steps} steps · {arms}{quota}</p>'
 
 

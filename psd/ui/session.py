@@ -27,8 +27,8 @@ from psd.config import RunConfig
 from psd.events import ARMS, Downloading, Finished, Preview, Started, Step
 from psd.priors import load_prior
 from psd.rewards import REWARDS, load_reward
-from psd.run import MODES, generate
-from psd.safety import RequestError
+from psd.run import BUDGET_SHARE, MODES, fetch_models, generate
+from psd.safety import RequestError, missing_models
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,11 @@ STEP_S = {("toybox", "image"): 0.12, ("published", "image"): 0.4, ("toybox", "3d
 EXPORT_S = {"image": 0.2, "3d": 4.5}
 LOAD_S = {"toybox": 1.0, "published": 20.0}
 SECOND_ARM = 0.6  # the arms share one batch: the second costs less than the first
-measured_step_s: dict[tuple[str, bool], float] = {}
+# What a step's time depends on: a run's estimate is measured on the last run that agrees in all of it.
+WORK = ("prior", "reward", "compare", "method", "image_size", "pref_interval", "negative_interval", "field",
+        "grid_size", "render_size", "render_size_end", "samples")  # fmt: skip
+MAX_GPU_S = 120  # asked of ZeroGPU for one run at most; visitors have minutes a day
+measured_step_s: dict[tuple, float] = {}
 
 
 @dataclass(frozen=True)
@@ -77,9 +81,15 @@ def watch(config: RunConfig, allow_download: bool = False) -> Iterator[View]:
     """Run and yield a View at the start, at the first preview, at 1-2 Hz and at the end; closing it cancels the run."""
     view = View(config)
     yield view
-    if ON_ZERO_GPU and not config.time_budget_s:
+    if ON_ZERO_GPU:
+        if missing := missing_models(config):
+            names = " and ".join(missing)
+            raise RequestError(
+                f"{names} must be downloaded first, which is no work for a GPU: Run on the page does it."
+            )
         # The GPU is taken away when the declared time is over: stop before, with everything written.
-        config = replace(config, time_budget_s=float(gpu_seconds(config)))
+        declared = float(gpu_seconds(config))
+        config = replace(config, time_budget_s=min(config.time_budget_s or declared, declared))
     rows: list[dict[str, float]] = []
     shown_at = 0.0
     with contextlib.closing(generate(config, files.output_root(), allow_download=allow_download)) as events:
@@ -98,12 +108,24 @@ def watch(config: RunConfig, allow_download: bool = False) -> Iterator[View]:
                     urgent = view.preview is None
                     view = replace(view, preview=write_preview(event, view.directory))
                 case Finished():
-                    measured_step_s[config.prior, config.compare] = event.seconds / max(event.steps_done, 1)
+                    note_speed(event.config, event.seconds, event.steps_done)
                     view = replace(view, finished=True)
                     urgent = True
             if urgent or time.monotonic() - shown_at >= SHOW_EVERY_S:
                 shown_at = time.monotonic()
                 yield replace(view, rows=tuple(rows))
+
+
+def fetch(config: RunConfig, allow_download: bool) -> Iterator[View]:
+    """Download the models that a run of `config` needs: a View at 1-2 Hz, none where everything is here.
+
+    Apart from `watch`, so that on ZeroGPU no GPU second goes into it.
+    """
+    shown_at = 0.0
+    for event in fetch_models(config, allow_download):
+        if time.monotonic() - shown_at >= SHOW_EVERY_S:
+            shown_at = time.monotonic()
+            yield View(config, download=event)
 
 
 def write_preview(preview: Preview, directory: Path) -> Path:
@@ -160,19 +182,37 @@ def as_float(value: Any) -> float:
         return math.nan
 
 
+def work_of(config: RunConfig) -> tuple:
+    return (*(getattr(config, name) for name in WORK), config.negative_lr > 0, config.lambda_orient_end > 0)
+
+
+def note_speed(config: RunConfig, seconds: float, steps_done: int) -> None:
+    """Remember how long a step of such a run takes."""
+    if steps_done and math.isfinite(seconds):
+        measured_step_s[work_of(config)] = seconds / steps_done
+
+
 def estimate_s(config: RunConfig) -> float:
     """Seconds this run will take: measured on this process's last such run, else a guess."""
     kind = "toybox" if config.prior.startswith("toybox/") else "published"
     guess = STEP_S[kind, config.mode] * (1 + SECOND_ARM * config.compare)
-    seconds = config.steps * measured_step_s.get((config.prior, config.compare), guess)
-    seconds = min(seconds, 0.9 * config.time_budget_s) if config.time_budget_s else seconds
+    seconds = config.steps * measured_step_s.get(work_of(config), guess)
+    seconds = min(seconds, BUDGET_SHARE * config.time_budget_s) if config.time_budget_s else seconds
     return seconds + EXPORT_S[config.mode] * (1 + config.compare)
 
 
 def gpu_seconds(config: RunConfig) -> int:
-    """Seconds of GPU to ask for: the estimate with room for loading and slow days, between 15 and 120."""
+    """Seconds of GPU to ask for: the estimate with room for loading and slow days, between 15 and MAX_GPU_S."""
     kind = "toybox" if config.prior.startswith("toybox/") else "published"
-    return int(min(max(1.5 * estimate_s(config) + LOAD_S[kind] + 5, 15), 120))
+    return int(min(max(1.5 * estimate_s(config) + LOAD_S[kind] + 5, 15), MAX_GPU_S))
+
+
+def gpu_steps(config: RunConfig) -> int:
+    """How many of the run's steps that much GPU is likely to be enough for."""
+    kind = "toybox" if config.prior.startswith("toybox/") else "published"
+    whole = estimate_s(replace(config, time_budget_s=0.0))
+    left = BUDGET_SHARE * gpu_seconds(config) - LOAD_S[kind]
+    return min(config.steps, int(config.steps * left / whole))
 
 
 @contextlib.contextmanager
