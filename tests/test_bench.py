@@ -95,12 +95,10 @@ def test_the_arms_differ_from_full_psd_only_where_they_say(bench):
 
 
 def test_the_world_s_own_object_is_what_the_prior_s_views_look_like():
-    """As drawn for the training groups, from the cameras of the scores; the classifier knows it."""
+    """As drawn for the training groups, from any cameras."""
     drawn, _ = group(90, 0, heldout=True)
-    cameras = Cameras.around(
-        torch.tensor(drawn.azimuth_deg),
-        *(torch.full((4,), float(x)) for x in (drawn.elevation_deg, drawn.distance, 40)),
-    )
+    others = (torch.full((4,), float(value)) for value in (drawn.elevation_deg, drawn.distance, FOVY_DEG))
+    cameras = Cameras.around(torch.tensor(drawn.azimuth_deg), *others)
     views = scene.true_views(drawn.example.scene, 0, cameras, 128)
     assert views.shape == (4, 3, 128, 128)
     original = torch.from_numpy(draw_group(90, 0, heldout=True)).permute(0, 3, 1, 2) / 255
