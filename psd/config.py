@@ -84,6 +84,10 @@ class RunConfig:
     lr: float = setting(
         0.04, "Learning rate of update=adam; in 3D of the voxel grid.", low=1e-5, high=10.0, group="method"
     )
+    lr_end: float = setting(
+        1.0, "3D: share of the learning rates left at the end; they fall in the second half of the run.",
+        low=0.0, high=1.0, group="method",
+    )  # fmt: skip
     weighting: str = setting(
         "one", "w(t): one = 1, sds = 1 - abar, recon = sigma/alpha.", choices=("one", "sds", "recon"), group="method"
     )
