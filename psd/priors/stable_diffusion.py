@@ -113,7 +113,8 @@ class StableDiffusionPrior:
 
         A prior of single images has no use for `cameras`.
         """
-        predicted = self.unet(x_t.to(self.dtype), t, encoder_hidden_states=cond.to(self.dtype)).sample.to(x_t.dtype)
+        t_in = timestep(t, x_t.device)
+        predicted = self.unet(x_t.to(self.dtype), t_in, encoder_hidden_states=cond.to(self.dtype)).sample.to(x_t.dtype)
         if not self.predicts_v:
             return predicted
         alpha_bar = self.alphas_cumprod[t].to(x_t.dtype)
@@ -140,6 +141,11 @@ def vae_dtype(device: str) -> torch.dtype:
         return torch.float16
     able = torch.cpu.get_capabilities()
     return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
+
+
+def timestep(t: int | Int[Tensor, "*shape"], device: torch.device) -> Int[Tensor, "*shape"]:
+    """t as diffusers' UNets want it. Given a number they copy it to the GPU, and wait for all that is queued there."""
+    return t if isinstance(t, Tensor) else torch.full((), t, device=device)
 
 
 def words(text: str) -> list[str]:
