@@ -138,7 +138,7 @@ ROWS = {
 
 @pytest.mark.parametrize("mode", ["image", "3d"])
 def test_the_gpu_bench_runs_tiny_on_a_cpu(mode: str):
-    heading, *lines = gpu.report("cpu", tiny=False, steps=3, modes=[mode])
+    heading, *lines = gpu.report("cpu", tiny=False, steps=2, modes=[mode])
     assert "TINY" in heading and "a CPU" in heading
     assert lines[-1].endswith("not checked.")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]

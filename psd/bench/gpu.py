@@ -53,11 +53,13 @@ VAE = dict(
     up_block_types=4 * ["UpDecoderBlock2D"], layers_per_block=2, latent_channels=4, scaling_factor=0.18215,
 )  # fmt: skip
 
-# To try the script: the same blocks, as narrow as they can be.
+# To try the script: blocks of the same kinds, few and narrow.
 TINY_TRANSFORMER = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
 TINY_UNET = dict(
-    block_out_channels=[32] * 4, layers_per_block=1, sample_size=16, cross_attention_dim=32, attention_head_dim=2
-)
+    block_out_channels=[32, 32], down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
+    up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"], layers_per_block=1, sample_size=8, cross_attention_dim=32,
+    attention_head_dim=2,
+)  # fmt: skip
 TINY_VAE = dict(
     block_out_channels=[32, 32], down_block_types=2 * ["DownEncoderBlock2D"], up_block_types=2 * ["UpDecoderBlock2D"],
     layers_per_block=1,
@@ -87,7 +89,7 @@ class SameTokens:
 
 
 def random_prior(mode: str, device: str, tiny: bool) -> StableDiffusionPrior:
-    """Stable Diffusion 1.5 for mode "image", MVDream for "3d"; of `tiny` ones the same blocks."""
+    """Stable Diffusion 1.5 for mode "image", MVDream for "3d"; where `tiny` a small likeness."""
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
