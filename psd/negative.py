@@ -46,7 +46,7 @@ class NegativeEmbedding:
 
     def update(
         self, objective: Callable[[Float[Tensor, "S L D"]], Float[Tensor, ""]], step: int | None = None
-    ) -> float:
+    ) -> Float[Tensor, ""]:
         """One ascent step n <- n + lr_2 * grad_n objective(n) (eq. 13); returns the objective before it.
 
         `step` is the run's 0-based step, which the decay counts in; without it the updates done so far are counted.
@@ -58,7 +58,7 @@ class NegativeEmbedding:
         self._optimizer.step()
         self._n.grad = None
         self.updates += 1
-        return reward.item()
+        return reward.detach()
 
 
 def reward_through_negative(

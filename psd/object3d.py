@@ -83,7 +83,7 @@ class ObjectArm:
     def advance(self, opacity: float, share: float) -> str:
         """One optimiser step, left out where a gradient is not finite; what is wrong once that has gone on."""
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        finite = all(torch.isfinite(gradient).all() for gradient in gradients)
+        finite = bool(torch.stack([torch.isfinite(gradient).all() for gradient in gradients]).all())  # one wait for all
         if finite:
             for group in self.optimizer.param_groups:
                 # A last state under the full rate is one draw of the steps' noise: colours stay mottled.
@@ -134,7 +134,7 @@ def view_scorer(prior: Prior, reward: Reward, prompt: str, rank: str, view_promp
     """
 
     def score(x_0: Float[Tensor, "N V C h w"], cameras: Cameras) -> Float[Tensor, "N V"]:
-        suffixes = [f", {name} view" if view_prompts else "" for name in view_names(cameras)]
+        suffixes = [f", {name} view" for name in view_names(cameras)] if view_prompts else len(cameras) * [""]
         rewards = score_noises(prior, reward, x_0, [prompt + suffix for suffix in suffixes])
         return rewards.mean(1, keepdim=True).expand_as(rewards) if rank == "group" else rewards
 
@@ -193,7 +193,7 @@ def distil_object(
         n = {name: arm.negative.value.expand(views, -1, -1) for name, arm in arms.items()}
         predicted = eps_of_arms(prior, t, noisy, y_views, n, poses)
 
-        terms, drift, loss = {}, {}, pixels.new_zeros(())
+        terms, loss = {}, pixels.new_zeros(())
         for name, arm in arms.items():
             p = Predictions(noisy[name], noises[name], *predicted[name], alpha_t, sigma_t)
             guided = METHODS[arm.config.method].step(p, arm.config, score)
@@ -201,13 +201,13 @@ def distil_object(
             terms[name] = guided.terms
             if step % (arm.config.pref_interval * arm.config.negative_interval) == 0:
                 update_negative(prior, score, arm.negative, p, guided, arm.config.gamma, t, step, poses)
-            if arm.negative.lr_0:
-                drift[name] = arm.negative.drift
 
         # One backward for all arms: they share no parameter.
         for arm in arms.values():
             arm.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        # Only now numbers that the host waits for: a GPU had all of the step queued.
+        drift = {name: arm.negative.drift for name, arm in arms.items() if arm.negative.lr_0}
         opacity = {name: rendering.opacity.mean().item() for name, rendering in seen.items()}
         failures = [failure for name, arm in arms.items() if (failure := arm.advance(opacity[name], share))]
         failure = f"Stopped at step {step + 1}: {failures[0]}" if failures else ""

@@ -108,6 +108,17 @@ def frozen(model: Any, report: dict[str, Any]) -> Any:
     return model.requires_grad_(False).eval()
 
 
+def use_tf32(device: str) -> None:
+    """Let a GPU multiply float32 matrices on its tensor cores, in TF32: float32's range and 10 bits of mantissa.
+
+    For rewards, which stay float32 lest the gradients of single pixels vanish. For the whole process; nothing on a CPU.
+    """
+    import torch
+
+    if torch.device(device).type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
+
+
 def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
     """A tokenizer without its files has two tokens and says nothing (transformers 5): raise ValueError."""
     if len(tokenizer) != vocab_size:

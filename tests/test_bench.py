@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from psd.bench import image, paired, scene
+from psd.bench import __main__ as bench_main
+from psd.bench import gpu, image, paired, scene
 from psd.config import RunConfig
 from psd.scene.cameras import Cameras
 from psd.toybox import world
@@ -110,3 +111,79 @@ def test_the_cost_of_a_run_is_measured_around_it():
     cost = scene.cost_here(config, "cpu")
     assert 0 < cost.first_preview_s < cost.seconds < 120
     assert 100 < cost.peak_mb < 20_000
+
+
+def parameters(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(("mode", "unet", "text_encoder"), [
+    ("image", 859_520_964, 123_060_480),
+    ("3d", 867_572_164, 340_387_840),
+])  # fmt: skip
+def test_the_gpu_bench_builds_the_published_architectures(mode: str, unet: int, text_encoder: int):
+    """Without storage: the parameters of the published checkpoints, and pictures that go through all of them."""
+    prior, reward = gpu.random_prior(mode, "meta", tiny=False), gpu.random_reward("meta", tiny=False)
+    assert parameters(prior.unet) == unet and parameters(prior.text_encoder) == text_encoder
+    assert parameters(prior.vae) == 83_653_863
+    vision = (reward.model.vision_model, reward.model.visual_projection)
+    assert sum(map(parameters, vision)) == 632_076_800 and parameters(reward.model) == 986_109_441
+    assert (prior.views, prior.image_size) == {"image": (1, 512), "3d": (4, 256)}[mode]
+    assert {prior.unet.dtype, prior.vae.dtype, prior.text_encoder.dtype} == {torch.float16}
+
+    images = torch.empty(prior.views, 3, prior.image_size, prior.image_size, device="meta")
+    x, y = prior.encode(images), prior.embed([gpu.PROMPT]).expand(prior.views, -1, -1)
+    cameras = torch.empty(prior.views, 16, device="meta") if mode == "3d" else None
+    assert prior.eps(x, 500, y, cameras).shape == (prior.views, *prior.latent_shape)
+    assert reward.pixels(prior.decode(x)).shape == (prior.views, 3, 224, 224)
+
+
+# Of Algorithms 1 and 2: (y, n) x a pair or one noise, and the winner's once more with gradient, every k-th step.
+ROWS = {
+    "score distillation": (2, 0),
+    "delta_pref only": (4, 0),
+    "full PSD": (4, 1),
+    "full PSD, interval 2": ((4 + 2) / 2, 1 / 2),
+    "full PSD, interval 5": ((4 + 4 * 2) / 5, 1 / 5),
+}
+
+
+@pytest.mark.parametrize("mode", ["image", "3d"])
+def test_the_gpu_bench_runs_tiny_on_a_cpu(mode: str):
+    heading, *lines = gpu.report("cpu", tiny=False, steps=2, modes=[mode])
+    assert "TINY" in heading and "a CPU" in heading
+    assert lines[-1].endswith("not checked.")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    titles, arms = rows[0], {cells[0]: dict(zip(rows[0], cells, strict=True)) for cells in rows[1:]}
+    own = ["`mvdream-fast` as it is"] if mode == "3d" else []  # the image preset is "delta_pref only"
+    assert list(arms) == [*ROWS, *own]
+    views = {"image": 1, "3d": 4}[mode]
+    for name, (plain, gradient) in ROWS.items():
+        assert float(arms[name]["UNet rows a step"]) == pytest.approx(views * plain)
+        assert float(arms[name]["and with gradient"]) == pytest.approx(views * gradient)
+    for cells in arms.values():
+        speed, ratio, in_all = (float(cells[title]) for title in ("steps/s", "ratio", titles[-1]))
+        assert 0 < speed < 1e5 and ratio > 0 and in_all >= 0 and cells["peak (GB)"] == "-"
+    if own:  # preference every 2nd step, n every 4th
+        assert (arms[own[0]]["UNet rows a step"], arms[own[0]]["and with gradient"]) == ("12", "1")
+    assert arms["full PSD"]["paper's ratio"] == {"image": "-", "3d": "0.41"}[mode]
+
+
+def test_the_bars_are_the_aims_of_the_gpu_bench():
+    found = {gpu.PLAIN: gpu.Measured(10.0, 8.0, 8, 0), gpu.FULL: gpu.Measured(5.0, 23.9, 16, 4)}
+    assert [reached for _, reached in gpu.bars("3d", found, 2.9)] == [True, True, True]
+    found[gpu.FULL] = gpu.Measured(4.9, 24.0, 16, 4)
+    assert [reached for _, reached in gpu.bars("3d", found, 3.0)] == [False, False, False]
+    assert len(list(gpu.bars("image", found, 0.1))) == 2  # the minutes are an object's
+
+
+def test_each_bench_keeps_its_flags(monkeypatch, capsys):
+    told = {}
+    monkeypatch.setattr(gpu, "report", lambda *args: iter([f"report{args}"]))
+    monkeypatch.setattr(bench_main, "write_table", lambda bench, args: told.update(bench=bench, **vars(args)))
+    for command in ("gpu --device cpu --steps 7 --modes 3d", "scene --device cpu --seeds 1"):
+        monkeypatch.setattr("sys.argv", ["psd.bench", *command.split()])
+        bench_main.main()
+    assert capsys.readouterr().out == "report('cpu', False, 7, ['3d'], False)\n"
+    assert told["bench"] is scene and (told["seeds"], told["prompts"]) == (1, scene.PROMPTS)
+    assert told["steps"] is None and told["preset"] == scene.PRESET

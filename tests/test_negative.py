@@ -77,7 +77,7 @@ def test_sgd_is_one_step_uphill():
     (gradient,) = torch.autograd.grad(objective(n), n)
     value = negative.update(objective)
     torch.testing.assert_close(negative.value, N + 1e-3 * gradient)
-    assert value == pytest.approx(objective(N).item())
+    assert value.item() == pytest.approx(objective(N).item())
 
 
 def test_adam_moves_every_number_by_the_rate_first_and_uphill():

@@ -26,6 +26,7 @@ from psd.rewards import (
 )
 from psd.rewards.preprocess import CLIP_MEAN, CLIP_STD, bicubic, longest_side, normalise, shorter_side
 from psd.safety import RequestError
+from psd.weights import use_tf32
 
 GOLDEN = Path(__file__).parent / "golden"
 GREY_LEVEL = 1 / 255 / min(CLIP_STD)  # of a normalised image
@@ -607,3 +608,17 @@ def test_published_rewards_are_pinned_to_a_commit():
         for part in (info.tokenizer, info.encoder):
             assert part is None or len(part.revision) == 40
     assert REWARDS["hpsv2.1"].tokenizer == CLIP_H and REWARDS["toybox/judge"].held_out
+
+
+def test_only_a_gpu_multiplies_in_tf32():
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    try:
+        matmul.allow_tf32 = False
+        use_tf32("cpu")
+        assert not matmul.allow_tf32
+        use_tf32("cuda:0")
+        assert matmul.allow_tf32
+        assert torch.backends.mkldnn.matmul.fp32_precision != "tf32"  # a CPU's
+    finally:
+        matmul.allow_tf32 = before

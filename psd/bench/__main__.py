@@ -1,4 +1,7 @@
-"""Does it work? `python -m psd.bench image` and `scene`: held-out prompts x seeds over every arm."""
+"""Does it work, and how fast? `python -m psd.bench image` and `scene`: held-out prompts x seeds over every arm.
+
+`python -m psd.bench gpu`: speed and memory of the published architectures.
+"""
 
 from __future__ import annotations
 
@@ -10,35 +13,57 @@ from pathlib import Path
 
 import torch
 
-from psd.bench import image, scene
+from psd.bench import gpu, image, scene
 from psd.bench.paired import contact_sheet, heldout_scenes, measure, table
 from psd.config import RunConfig
 from psd.toybox import world
 
-MODES = {"image": image, "scene": scene}
+TABLES = {"image": image, "scene": scene}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("mode", choices=list(MODES))
-    parser.add_argument("--preset", default=None, help="another one than the mode's own")
-    parser.add_argument("--prompts", type=int, default=None, help="image: 40, scene: 20")
-    parser.add_argument("--seeds", type=int, default=None, help="image: 3, scene: 2")
+    modes = parser.add_subparsers(dest="mode", required=True)
+    device = argparse.ArgumentParser(add_help=False)
+    device.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    for name, bench in TABLES.items():
+        add_table_flags(modes.add_parser(name, parents=[device], help=bench.__doc__), bench)
+    add_gpu_flags(modes.add_parser("gpu", parents=[device], help=gpu.__doc__.splitlines()[0]))
+    args = parser.parse_args()
+    if args.mode == "gpu":
+        for line in gpu.report(args.device, args.tiny, args.steps, args.modes, args.profile):
+            print(line, flush=True)
+    else:
+        write_table(TABLES[args.mode], args)
+
+
+def add_table_flags(parser: argparse.ArgumentParser, bench) -> None:
+    parser.add_argument("--preset", default=bench.PRESET)
+    parser.add_argument("--prompts", type=int, default=bench.PROMPTS)
+    parser.add_argument("--seeds", type=int, default=bench.SEEDS)
     parser.add_argument("--steps", type=int, default=None, help="instead of the preset's")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, on a CPU")
     parser.add_argument("--output", type=Path, default=None, help="values; pictures of all runs beside it")
-    args = parser.parse_args()
-    bench = MODES[args.mode]
-    config = RunConfig.from_preset(args.preset or bench.PRESET, steps=args.steps)
-    scenes = heldout_scenes(args.prompts or bench.PROMPTS)
+
+
+def add_gpu_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tiny", action="store_true", help="small models, to try the script; without CUDA always")
+    parser.add_argument("--steps", type=int, default=100, help="timed, of each arm")
+    parser.add_argument("--modes", nargs="+", choices=list(gpu.PRESETS), default=list(gpu.PRESETS))
+    parser.add_argument("--profile", action="store_true", help="also the costliest operations of full PSD")
+
+
+def write_table(bench, args: argparse.Namespace) -> None:
+    """Measure one of TABLES, print it, and write its values and pictures."""
+    config = RunConfig.from_preset(args.preset, steps=args.steps)
+    scenes = heldout_scenes(args.prompts)
     output = args.output or Path(f"outputs/bench-{args.mode}.json")
     pictures = output.with_suffix("")
     pictures.mkdir(parents=True, exist_ok=True)
     extra = bench.costs(config, args.device)  # before the workers: alone on the machine
     workers = args.workers if args.device == "cpu" else 1
     run_batch = partial(bench.run_batch, config, args.device, pictures)
-    found = measure(run_batch, scenes, args.seeds or bench.SEEDS, bench.BATCH, workers)
+    found = measure(run_batch, scenes, args.seeds, bench.BATCH, workers)
     values = {arm: {name: v.tolist() for name, v in columns.items()} for arm, columns in found.items()}
     record = {
         "config": config.to_dict(),

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from psd.hub import Source
 from psd.priors.ldm import CAMERA_DIM, LDM_CLASS, convert_key, is_multi_view, unet_config
-from psd.priors.stable_diffusion import StableDiffusionPrior
+from psd.priors.stable_diffusion import StableDiffusionPrior, timestep
 from psd.safety import RequestError, shown
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def predict(
         raise ValueError(f"{len(x_t)} rows are no groups of {views} views")
     if cameras is None:
         cameras = x_t.new_zeros(len(x_t), CAMERA_DIM)
-    attention = {"views": views}
+    t, attention = timestep(t, x_t.device), {"views": views}
     return unet(x_t, t, encoder_hidden_states=cond, class_labels=cameras, cross_attention_kwargs=attention).sample
 
 

@@ -63,7 +63,7 @@ class StableDiffusionPrior:
         from transformers import CLIPTextModel, CLIPTokenizer
 
         source = info.parts or info.source
-        dtype = torch.float32 if torch.device(device).type == "cpu" else torch.float16
+        dtype = compute_dtype(device)
         tokenizer = CLIPTokenizer.from_pretrained(source.path, subfolder="tokenizer", **source.where)
         text_encoder = pretrained(CLIPTextModel, source, subfolder="text_encoder", dtype=dtype)
         check_vocabulary(tokenizer, text_encoder.config.vocab_size)
@@ -113,7 +113,8 @@ class StableDiffusionPrior:
 
         A prior of single images has no use for `cameras`.
         """
-        predicted = self.unet(x_t.to(self.dtype), t, encoder_hidden_states=cond.to(self.dtype)).sample.to(x_t.dtype)
+        t_in = timestep(t, x_t.device)
+        predicted = self.unet(x_t.to(self.dtype), t_in, encoder_hidden_states=cond.to(self.dtype)).sample.to(x_t.dtype)
         if not self.predicts_v:
             return predicted
         alpha_bar = self.alphas_cumprod[t].to(x_t.dtype)
@@ -134,12 +135,22 @@ class StableDiffusionPrior:
         return [(word, tuple(difflib.get_close_matches(word, self.lexicon, n=2))) for word in unknown]
 
 
+def compute_dtype(device: str) -> torch.dtype:
+    """Of UNet and text encoder."""
+    return torch.float32 if torch.device(device).type == "cpu" else torch.float16
+
+
 def vae_dtype(device: str) -> torch.dtype:
     """bfloat16 also on a CPU that multiplies it natively: half the time, an error far below the VAE's own."""
     if torch.device(device).type != "cpu":
-        return torch.float16
+        return compute_dtype(device)
     able = torch.cpu.get_capabilities()
     return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
+
+
+def timestep(t: int | Int[Tensor, "*shape"], device: torch.device) -> Int[Tensor, "*shape"]:
+    """t as diffusers' UNets want it. Given a number they copy it to the GPU, and wait for all that is queued there."""
+    return t if isinstance(t, Tensor) else torch.full((), t, device=device)
 
 
 def words(text: str) -> list[str]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from psd.hub import Source, fetched, is_cached
 from psd.safety import RequestError, shown, unknown_name
-from psd.weights import load_once, readable_errors
+from psd.weights import load_once, readable_errors, use_tf32
 
 if TYPE_CHECKING:
     from psd.contracts import Reward
@@ -197,6 +197,7 @@ def _load_model(name: str, device: str) -> Reward:
     info = REWARDS[name]
 
     def load() -> Reward:
+        use_tf32(device)
         with readable_errors(name, *info.sources):
             return info.load(name, info.fetched(), device)
 

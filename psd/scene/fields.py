@@ -261,6 +261,7 @@ class HashGrid(nn.Module):
         self.sizes = [min(-(-(resolution**3) // 8) * 8, 2**log2_size) for resolution in self.resolutions]
         self.width = levels * self.features
         self.table = nn.Parameter(torch.empty(sum(self.sizes), self.features).uniform_(-1e-4, 1e-4))
+        self.register_buffer("corners", torch.tensor(CORNERS).T[:, None], persistent=False)  # [3, 1, 8]
 
     def forward(self, u: Float[Tensor, "N 3"]) -> Float[Tensor, "N width"]:
         return HashEncoding.apply(u, self.table, self)
@@ -273,8 +274,7 @@ class HashGrid(nn.Module):
         """Rows, in the level's part of the table, of the corners of each point's cell, and the point's place in it."""
         p = (u.T.double() * self.scales[level] + 0.5).to(u.dtype)  # a fused multiply-add
         low = p.floor()
-        corners = torch.tensor(CORNERS, device=u.device).T
-        return self.rows(level, low.long()[:, :, None] + corners[:, None]), p - low
+        return self.rows(level, low.long()[:, :, None] + self.corners), p - low
 
     def rows(self, level: int, vertex: Int[Tensor, "3 *shape"]) -> Int[Tensor, "*shape"]:
         """Row of a vertex within the level's part of the table."""
