@@ -59,7 +59,7 @@ def generate(
     prior = load_prior(config.prior, device)
     rewards = load_rewards(config.reward, device)
     arms = arms_of(config)
-    make = MODES[config.mode](config, arms, prior, rewards[config.reward])
+    make = MODES[config.mode](config, arms, prior, rewards[config.reward], prior.decode)
     record = Record(config, Path(output_root or "outputs") / uuid.uuid4().hex[:12], make)
     record.directory.mkdir(parents=True)
 
