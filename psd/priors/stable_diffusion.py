@@ -10,6 +10,7 @@ import difflib
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +24,7 @@ from psd.weights import check_vocabulary, pretrained, token_count, tokenize
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 
+    from psd.contracts import Decode
     from psd.priors import PriorInfo
 
 PREDICTIONS = ("epsilon", "v_prediction")
@@ -136,6 +138,14 @@ class StableDiffusionPrior:
             return []
         unknown = [word for word in dict.fromkeys(words(prompt)) if word not in self.lexicon]
         return [(word, tuple(difflib.get_close_matches(word, self.lexicon, n=2))) for word in unknown]
+
+
+def load_tiny_decoder(source: Source, device: str) -> Decode:
+    """Latents to images by the AutoencoderTiny in a folder; its scaling_factor says which latents it takes."""
+    from diffusers import AutoencoderTiny
+
+    vae = pretrained(AutoencoderTiny, source, torch_dtype=vae_dtype(device))
+    return partial(decode, vae.to(device, memory_format=torch.channels_last))
 
 
 def decode(vae: AutoencoderKL | AutoencoderTiny, x: Float[Tensor, "B C h w"]) -> Float[Tensor, "B 3 H W"]:
