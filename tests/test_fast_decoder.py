@@ -64,6 +64,10 @@ def test_damaged_weights_are_one_sentence(folder: Path, damage: Callable[[Path],
     assert refusal.value.__cause__ is not None
 
 
+def test_it_is_pinned_to_a_commit():
+    assert len(TAESD.source.revision) == 40
+
+
 def test_it_is_for_priors_of_stable_diffusions_latents():
     assert [name for name, info in PRIORS.items() if info.fast_decoder] == [
         name for name, info in PRIORS.items() if not info.source.is_folder

@@ -18,7 +18,7 @@ from PIL import Image
 
 from psd.config import MAX_PROMPT_CHARS, PRESETS, RunConfig
 from psd.hub import is_cached
-from psd.priors import PRIORS, DecoderInfo, PriorInfo, models_of
+from psd.priors import PRIORS, DecoderInfo, PriorInfo, gpu_memory, models_of
 from psd.rewards import REWARDS, RewardInfo, reward_terms
 from psd.safety import RequestError, check_name, check_request
 from psd.scene.mesh import read_glb_extras
@@ -222,12 +222,12 @@ def known_models(prior: str, reward: str, fast_decoder: bool) -> dict[str, Prior
 
 
 def model_note(prior: str, reward: str, fast_decoder: bool = False) -> str:
-    """What the chosen models are, their licence and download, to be read before anything is downloaded."""
+    """What the chosen models are, their licence, download and memory, to be read before anything is downloaded."""
     notes = []
     for name, info in known_models(prior, reward, fast_decoder).items():
         here = "downloaded" if is_cached(*info.sources) else f"{info.download_mb} MB to download"
         size = here if info.download_mb else "included"
-        notes.append(f"**{name}** · {info.about} {info.licence}, {size}.")
+        notes.append(f"**{name}** · {info.about} {info.licence}, {size}{gpu_memory(info)}.")
     return "\n\n".join(notes)
 
 
