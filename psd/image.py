@@ -16,7 +16,7 @@ from torch import Tensor
 
 from psd import guidance
 from psd.config import RunConfig
-from psd.contracts import Prior, Reward
+from psd.contracts import Decode, Prior, Reward
 from psd.lockstep import eps_of_arms, score_noises, update_negative
 from psd.methods import METHODS, Guided, Predictions, Score
 from psd.negative import NegativeEmbedding
@@ -65,11 +65,11 @@ class Arm:
             self.optimizer.step()
 
 
-def scorer(prior: Prior, reward: Reward, prompts: list[str]) -> Score:
+def scorer(decode: Decode, reward: Reward, prompts: list[str]) -> Score:
     """r(y_b, decode(x_0[n, b])) for every noise n and sample b; differentiable."""
 
     def score(x_0: Float[Tensor, "N B C h w"]) -> Float[Tensor, "N B"]:
-        return score_noises(prior, reward, x_0, prompts)
+        return score_noises(decode, reward, x_0, prompts)
 
     return score
 

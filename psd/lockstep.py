@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from psd.contracts import Prior, Reward
+from psd.contracts import Decode, Prior, Reward
 from psd.methods import Guided, Predictions, Score, pick
 from psd.negative import NegativeEmbedding, reward_through_negative
 from psd.rewards.mixture import Mixture
@@ -42,10 +42,10 @@ def eps_of_arms(
 
 
 def score_noises(
-    prior: Prior, reward: Reward, x_0: Float[Tensor, "N B C h w"], prompts: list[str]
+    decode: Decode, reward: Reward, x_0: Float[Tensor, "N B C h w"], prompts: list[str]
 ) -> Float[Tensor, "N B"]:
     """r(y_b, decode(x_0[n, b])) for every noise n and sample b; differentiable. A mixture learns its scales here."""
-    images = prior.decode(x_0.flatten(0, 1)).float()
+    images = decode(x_0.flatten(0, 1)).float()
     every = prompts * len(x_0)
     scores = reward.rank(images, every, len(x_0)) if isinstance(reward, Mixture) else reward(images, every)
     return scores.view(x_0.shape[:2])

@@ -12,22 +12,27 @@ from jaxtyping import Float
 from torch import Tensor
 
 from psd.config import RunConfig
-from psd.contracts import Prior, Reward
+from psd.contracts import Decode, Prior, Reward
 from psd.export import export_png, to_uint8
 from psd.image import ImageStep, distil_image, scorer
 
 
 class MakeImage:
-    """One image run. The state to export is the last one that `trouble` let pass."""
+    """One image run. The state to export is the last one that `trouble` let pass.
+
+    `decode` makes the pictures that are ranked and previewed; those that are kept are the prior's own.
+    """
 
     preview_every_s = 0.5
 
-    def __init__(self, config: RunConfig, arms: dict[str, RunConfig], prior: Prior, reward: Reward):
-        self.config, self.arms, self.prior, self.reward = config, arms, prior, reward
+    def __init__(
+        self, config: RunConfig, arms: dict[str, RunConfig], prior: Prior, reward: Reward, decode: Decode
+    ) -> None:
+        self.config, self.arms, self.prior, self.reward, self.decode = config, arms, prior, reward, decode
 
     def steps(self) -> Iterator[ImageStep]:
         config, prior = self.config, self.prior
-        score = scorer(prior, self.reward, [config.prompt])
+        score = scorer(self.decode, self.reward, [config.prompt])
         y, n_0 = prior.embed([config.prompt]), prior.embed([config.negative_prompt])
         generator = torch.Generator().manual_seed(config.seed)
         return distil_image(prior, score, y, n_0, self.arms, [generator], self._latent_shape())
@@ -40,8 +45,8 @@ class MakeImage:
 
     @torch.no_grad()
     def views(self, state: ImageStep) -> Float[Tensor, "A 1 3 H W"]:
-        """Every arm's picture."""
-        return self.prior.decode(torch.cat(list(state.x_c.values()))).float()[:, None]
+        """Every arm's picture, to be looked at and measured on the way."""
+        return self._pictures(state, self.decode)[:, None]
 
     def preview(self, state: ImageStep, views: Float[Tensor, "A 1 3 H W"]) -> np.ndarray:
         """The arms side by side."""
@@ -53,12 +58,15 @@ class MakeImage:
     ) -> tuple[dict[str, Path], dict[str, dict[str, float]], dict[str, Path], dict[str, Any]]:
         """Score the pictures and write them: (arm -> picture, arm -> scores, name -> file, remarks for run.json)."""
         images, scores = {}, {}
-        for name, image in zip(state.x_c, self.views(state)[:, 0], strict=True):
+        for name, image in zip(state.x_c, self._pictures(state, self.prior.decode), strict=True):
             image = (image * 255).round() / 255  # score what the file will hold
             scores[name] = {r: reward(image[None], [self.config.prompt]).item() for r, reward in rewards.items()}
             images[name] = directory / f"{name}.png"
             export_png(images[name], to_uint8(image), {**settings, "arm": name, "scores": scores[name]})
         return images, scores, {path.name: path for path in images.values()}, {}
+
+    def _pictures(self, state: ImageStep, decode: Decode) -> Float[Tensor, "A 3 H W"]:
+        return decode(torch.cat(list(state.x_c.values()))).float()
 
     def _latent_shape(self) -> tuple[int, int, int]:
         if not self.config.image_size:

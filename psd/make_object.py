@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from psd.config import RunConfig
-from psd.contracts import Prior, Reward
+from psd.contracts import Decode, Prior, Reward
 from psd.export import export_png, to_uint8
 from psd.object3d import ObjectArm, ObjectStep, distil_object, start_field, view_scorer
 from psd.priors import Frame, prior_info
@@ -31,12 +31,17 @@ FRONT_AZIMUTH_DEG = 30.0  # of the still picture: a little from the side says mo
 
 
 class MakeObject:
-    """One 3D run. The fields are optimised in place: what is exported is their last state."""
+    """One 3D run. The fields are optimised in place: what is exported is their last state.
+
+    `decode` makes the pictures that are ranked; all others are renders.
+    """
 
     preview_every_s = 1.0
 
-    def __init__(self, config: RunConfig, arms: dict[str, RunConfig], prior: Prior, reward: Reward):
-        self.config, self.prior, self.reward = config, prior, reward
+    def __init__(
+        self, config: RunConfig, arms: dict[str, RunConfig], prior: Prior, reward: Reward, decode: Decode
+    ) -> None:
+        self.config, self.prior, self.reward, self.decode = config, prior, reward, decode
         self.frame: Frame = prior_info(config.prior).frame
         n_0 = prior.embed([config.negative_prompt])
         torch.manual_seed(config.seed)  # modules draw their first weights from the global generator
@@ -46,7 +51,7 @@ class MakeObject:
 
     def steps(self) -> Iterator[ObjectStep]:
         config, prior, frame = self.config, self.prior, self.frame
-        score = view_scorer(prior, self.reward, config.prompt, config.rank, config.view_prompts)
+        score = view_scorer(self.decode, self.reward, config.prompt, config.rank, config.view_prompts)
         rig = Rig(frame.fovy_deg, frame.distance, frame.elevation_deg)
         generator = torch.Generator().manual_seed(config.seed)
         return distil_object(prior, score, prior.embed([config.prompt]), self.arms, rig, generator)

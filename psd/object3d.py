@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from psd.config import RunConfig
-from psd.contracts import Prior, Reward
+from psd.contracts import Decode, Prior, Reward
 from psd.lockstep import eps_of_arms, score_noises, update_negative
 from psd.methods import METHODS, Predictions
 from psd.negative import NegativeEmbedding
@@ -127,7 +127,7 @@ def painted(colour: Float[Tensor, " 3"]) -> Callable[[Float[Tensor, "R 3"]], Flo
     return lambda directions: colour.expand_as(directions)
 
 
-def view_scorer(prior: Prior, reward: Reward, prompt: str, rank: str, view_prompts: bool = False) -> ViewScore:
+def view_scorer(decode: Decode, reward: Reward, prompt: str, rank: str, view_prompts: bool = False) -> ViewScore:
     """r(y, decode(x_0)) of every noise and view; with rank "group" every view of a noise has their mean.
 
     With `view_prompts` the reward reads y as "y, front view" and so on, by the view's camera.
@@ -135,7 +135,7 @@ def view_scorer(prior: Prior, reward: Reward, prompt: str, rank: str, view_promp
 
     def score(x_0: Float[Tensor, "N V C h w"], cameras: Cameras) -> Float[Tensor, "N V"]:
         suffixes = [f", {name} view" for name in view_names(cameras)] if view_prompts else len(cameras) * [""]
-        rewards = score_noises(prior, reward, x_0, [prompt + suffix for suffix in suffixes])
+        rewards = score_noises(decode, reward, x_0, [prompt + suffix for suffix in suffixes])
         return rewards.mean(1, keepdim=True).expand_as(rewards) if rank == "group" else rewards
 
     return score

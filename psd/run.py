@@ -28,7 +28,7 @@ from psd.image import ImageStep
 from psd.make_image import MakeImage
 from psd.make_object import MakeObject
 from psd.object3d import ObjectStep
-from psd.priors import load_prior, prior_info
+from psd.priors import load_fast_decoder, load_prior, prior_info
 from psd.rewards import REWARDS, held_out_rewards, load_reward, reward_terms
 from psd.rewards.mixture import Mixture
 from psd.safety import RequestError, check_downloads, check_request, missing_models
@@ -55,9 +55,10 @@ def generate(
     called = time.monotonic()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     prior = load_prior(config.prior, device)
+    decode = load_fast_decoder(prior_info(config.prior).fast_decoder, device) if config.fast_decoder else prior.decode
     rewards = load_rewards(config.reward, device)
     arms = arms_of(config)
-    make = MODES[config.mode](config, arms, prior, rewards[config.reward])
+    make = MODES[config.mode](config, arms, prior, rewards[config.reward], decode)
     record = Record(config, Path(output_root or "outputs") / uuid.uuid4().hex[:12], make)
     record.directory.mkdir(parents=True)
 
@@ -182,10 +183,12 @@ class Record:
         export_metrics(files["metrics.csv"], self.rows)
         files["run.json"] = self.directory / "run.json"
         done = len(self.rows)
+        prior = prior_info(self.config.prior)
         about = {
             "config": settings, "scores": scores, "steps_done": done, "seconds": round(seconds, 3),
             "stopped": self.stopped, **remarks, "versions": versions(),
-            "prior_revision": prior_info(self.config.prior).source.revision,
+            "prior_revision": prior.source.revision,
+            "fast_decoder_revision": prior.fast_decoder.source.revision if self.config.fast_decoder else "",
             "reward_revisions": {name: REWARDS[name].source.revision for name in reward_terms(self.config.reward)},
         }  # fmt: skip
         export_json(files["run.json"], about)

@@ -23,7 +23,7 @@ from PIL import Image, ImageOps
 from psd.config import MAX_PROMPT_CHARS, PRESETS, RunConfig
 
 if TYPE_CHECKING:
-    from psd.priors import PriorInfo
+    from psd.priors import DecoderInfo, PriorInfo
     from psd.rewards import RewardInfo
 
 MAX_IMAGE_SIDE_PX = 4096
@@ -54,6 +54,7 @@ def check_request(config: RunConfig, allow_local: bool = False) -> None:
     check_name("preset", config.preset, PRESETS)
     check_models(config, allow_local)
     check_mode(config)
+    check_fast_decoder(config)
     if config.t_min >= config.t_max:
         raise RequestError(f"t_min must be below t_max, got t_min = {config.t_min} and t_max = {config.t_max}.")
     if config.time_shift_low > config.time_shift_high:
@@ -160,13 +161,26 @@ def check_mode(config: RunConfig) -> None:
         )
 
 
-def missing_models(config: RunConfig) -> dict[str, PriorInfo | RewardInfo]:
+def check_fast_decoder(config: RunConfig) -> None:
+    """Another model's latents would decode to noise, and a ranking by noise would look like a result."""
+    from psd.priors import PRIORS, prior_info
+
+    if config.fast_decoder and prior_info(config.prior).fast_decoder is None:
+        suited = ", ".join(name for name, info in PRIORS.items() if info.fast_decoder)
+        raise RequestError(
+            f"fast_decoder has none for the latents of prior {shown(config.prior)}: switch it off, or choose one of "
+            f"{suited}."
+        )
+
+
+def missing_models(config: RunConfig) -> dict[str, PriorInfo | DecoderInfo | RewardInfo]:
     """Models that a run of a checked `config` would have to download first, by name. Uses no network."""
     from psd.hub import is_cached
-    from psd.priors import prior_info
+    from psd.priors import models_of
     from psd.rewards import REWARDS, reward_terms
 
-    models = {config.prior: prior_info(config.prior)} | {name: REWARDS[name] for name in reward_terms(config.reward)}
+    models = models_of(config.prior, config.fast_decoder)
+    models |= {name: REWARDS[name] for name in reward_terms(config.reward)}
     return {name: info for name, info in models.items() if not is_cached(*info.sources)}
 
 
@@ -187,7 +201,7 @@ def check_downloads(config: RunConfig, allow_download: Any) -> None:
         )
 
 
-def told(missing: dict[str, PriorInfo | RewardInfo]) -> str:
+def told(missing: dict[str, PriorInfo | DecoderInfo | RewardInfo]) -> str:
     """Models to download with size and licence, for the middle of a sentence."""
     size = {name: f"{info.download_mb} MB" if info.download_mb else "size unknown" for name, info in missing.items()}
     return " and ".join(f"{name} ({size[name]}, licence: {info.licence})" for name, info in missing.items())

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from psd import RunConfig, generate
-from psd.events import Downloading, Finished
+from psd.events import Downloading, Finished, Preview
 from psd.safety import missing_models
 from tests.published import shrink
 
@@ -25,4 +25,5 @@ for settings in map(json.loads, sys.argv[2:]):
     kinds = [type(event).__name__ for event in events]
     answer = {"missing": missing, "told": list(dict.fromkeys(told)), "first_after": kinds[len(told)]}
     answer |= {"scores": last.scores, "files": {name: str(path) for name, path in last.files.items()}}
+    answer["preview_px"] = [event.image.shape[0] for event in events if isinstance(event, Preview)][-1]
     print(json.dumps(answer), flush=True)

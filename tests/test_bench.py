@@ -135,7 +135,8 @@ def test_the_gpu_bench_builds_the_published_architectures(mode: str, unet: int, 
     x, y = prior.encode(images), prior.embed([gpu.PROMPT]).expand(prior.views, -1, -1)
     cameras = torch.empty(prior.views, 16, device="meta") if mode == "3d" else None
     assert prior.eps(x, 500, y, cameras).shape == (prior.views, *prior.latent_shape)
-    assert reward.pixels(prior.decode(x)).shape == (prior.views, 3, 224, 224)
+    for decode in (prior.decode, gpu.random_decoder("meta", tiny=False)):
+        assert reward.pixels(decode(x)).shape == (prior.views, 3, 224, 224)
 
 
 # Of Algorithms 1 and 2: (y, n) x a pair or one noise, and the winner's once more with gradient, every k-th step.
@@ -145,6 +146,7 @@ ROWS = {
     "full PSD": (4, 1),
     "full PSD, interval 2": ((4 + 2) / 2, 1 / 2),
     "full PSD, interval 5": ((4 + 4 * 2) / 5, 1 / 5),
+    "full PSD, fast decoder": (4, 1),
 }
 
 

@@ -54,7 +54,8 @@ def test_the_reward_reads_the_view_where_that_is_asked(config: RunConfig):
         return images.mean((1, 2, 3))
 
     asked = replace(config, view_prompts=True)
-    steps = MakeObject(asked, {"with": asked}, load_prior(config.prior), reward).steps()
+    prior = load_prior(config.prior)
+    steps = MakeObject(asked, {"with": asked}, prior, reward, prior.decode).steps()
     next(steps)
     steps.close()
     assert read and all(re.fullmatch("a red mushroom, (front|side|back|overhead) view", prompt) for prompt in read)

@@ -109,9 +109,9 @@ def test_gradients_are_the_members_in_their_units():
 
 def test_a_step_of_the_method_teaches_it():
     prior, mixture, x_0 = ExactPrior(), red_and_dark(), torch.rand(2, 3, 3, 2, 2)  # its latents are its pictures
-    scores = score_noises(prior, mixture, x_0, ["a", "b", "c"])
+    scores = score_noises(prior.decode, mixture, x_0, ["a", "b", "c"])
     assert scores.shape == (2, 3) and mixture.ranked == 1
-    again = score_noises(prior, mixture, x_0[:1], ["a", "b", "c"])
+    again = score_noises(prior.decode, mixture, x_0[:1], ["a", "b", "c"])
     torch.testing.assert_close(again, scores[:1])
     assert mixture.ranked == 1
 

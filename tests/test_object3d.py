@@ -50,7 +50,7 @@ def run(
     start = start_field(shared, radius=0.7)
     background = background or ConstantBackground((0.9, 0.9, 0.9)).requires_grad_(False)
     states = {name: ObjectArm.start(config, start, background, prior.embed(["bad"])) for name, config in arms.items()}
-    score = view_scorer(prior, brightness, "x", shared.rank)
+    score = view_scorer(prior.decode, brightness, "x", shared.rank)
     rig = Rig((40.0, 40.0), (0.7, 0.8), (0.0, 30.0))
     generator = torch.Generator().manual_seed(seed)
     return list(distil_object(prior, score, prior.embed(["a longer prompt"]), states, rig, generator)), states
@@ -105,7 +105,7 @@ def test_preference_switched_off_is_the_plain_arm_bit_for_bit(rank: str):
     start = start_field(off, radius=0.7)
     background = ConstantBackground((0.9, 0.9, 0.9)).requires_grad_(False)
     states = {name: ObjectArm.start(config, start, background, prior.embed(["bad"])) for name, config in shared.items()}
-    indifferent = view_scorer(prior, lambda images, prompts: images.new_zeros(len(images)), "x", rank)
+    indifferent = view_scorer(prior.decode, lambda images, prompts: images.new_zeros(len(images)), "x", rank)
     generator = torch.Generator().manual_seed(0)
     rig = Rig((40.0, 40.0), (0.7, 0.8), (0.0, 30.0))
     list(distil_object(prior, indifferent, prior.embed(["a longer prompt"]), states, rig, generator))
@@ -135,7 +135,7 @@ def test_the_scene_moves_towards_what_the_prior_expects():
 def test_group_ranking_gives_every_view_the_mean():
     prior, x_0 = ExactPrior(), torch.rand(2, 4, 3, SIDE, SIDE)
     cameras = orbit_cameras(4)
-    by_view, by_group = (view_scorer(prior, brightness, "x", rank)(x_0, cameras) for rank in ("view", "group"))
+    by_view, by_group = (view_scorer(prior.decode, brightness, "x", rank)(x_0, cameras) for rank in ("view", "group"))
     torch.testing.assert_close(by_group, by_view.mean(1, keepdim=True).expand(2, 4))
     assert by_view.std(1).min() > 0
 
@@ -148,7 +148,7 @@ def test_the_reward_is_told_the_view(view_prompts: bool):
         read.append(prompts)
         return brightness(images, prompts)
 
-    score = view_scorer(ExactPrior(), reward, "a cat", "view", view_prompts)
+    score = view_scorer(ExactPrior().decode, reward, "a cat", "view", view_prompts)
     cameras = orbit_cameras(4, azimuth_start_deg=10)
     score(torch.rand(2, 4, 3, SIDE, SIDE), cameras)
     views = ["a cat, front view", "a cat, side view", "a cat, back view", "a cat, side view"]

@@ -17,9 +17,11 @@ import torch
 from PIL import Image
 
 from psd import priors
+from psd.config import PRESETS, RunConfig
 from psd.hub import Source
-from psd.priors import PRIORS, PriorInfo, load_prior, prior_info, stable_diffusion
+from psd.priors import PRIORS, PriorInfo, gpu_memory, load_prior, prior_info, stable_diffusion
 from psd.priors.stable_diffusion import StableDiffusionPrior
+from psd.rewards import REWARDS
 from psd.safety import RequestError
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "mushroom" / "with.png"
@@ -351,6 +353,25 @@ def test_published_priors_are_pinned_to_a_commit():
     for name, info in PRIORS.items():
         pinned = len(info.source.revision) == 40 or name == "ashawkey/mvdream-sd2.1-diffusers"
         assert info.source.is_folder or (pinned and info.download_mb > 0)
+
+
+def test_every_prior_has_a_preset_with_settings_of_its_own():
+    for name, info in PRIORS.items():
+        presets = {preset: settings for preset, settings in PRESETS.items() if settings["prior"] == name}
+        assert presets, f"no preset serves {name}"
+        for preset, settings in presets.items():
+            assert {"gamma", "steps"} <= settings.keys()
+            config = RunConfig.from_preset(preset)
+            assert config.mode == ("3d" if info.views > 1 else "image")
+            assert config.t_min < config.t_max and config.render_size > 0 and config.image_size == 0  # the prior's own
+            assert info.source.is_folder or config.negative_prompt
+
+
+def test_every_prior_that_wants_a_gpu_says_how_much_of_it():
+    for name, info in PRIORS.items():
+        assert (info.gpu_gb > 0) == (info.download_mb > 0)
+        assert gpu_memory(info) == (f", about {info.gpu_gb} GB of GPU memory" if info.gpu_gb else ""), name
+    assert gpu_memory(REWARDS["hpsv2.1"]) == ""
 
 
 def test_the_tables_import_no_heavy_library():

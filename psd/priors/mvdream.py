@@ -18,7 +18,7 @@ from torch import Tensor
 
 from psd.hub import Source
 from psd.priors.ldm import CAMERA_DIM, LDM_CLASS, convert_key, is_multi_view, unet_config
-from psd.priors.stable_diffusion import StableDiffusionPrior, timestep
+from psd.priors.stable_diffusion import StableDiffusionPrior, in_dtype, timestep
 from psd.safety import RequestError, shown
 
 if TYPE_CHECKING:
@@ -72,11 +72,10 @@ class MVDreamPrior(StableDiffusionPrior):
         Without `cameras` every row is a single picture: nothing is folded and no camera is embedded. Raises ValueError
         where cameras come in incomplete groups.
         """
-        predicted = predict(
-            self.unet, x_t.to(self.dtype), t, cond.to(self.dtype),
-            None if cameras is None else cameras.to(self.dtype), 1 if cameras is None else self.views,
-        )  # fmt: skip
-        return predicted.to(x_t.dtype)
+        views = 1 if cameras is None else self.views
+        if cameras is not None:
+            cameras = cameras.to(self.dtype)
+        return in_dtype(self.dtype, lambda x, y: predict(self.unet, x, t, y, cameras, views), x_t, cond)
 
 
 def predict(

@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 import json
 import re
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,11 +22,13 @@ from psd.safety import RequestError
 from psd.weights import check_vocabulary, pretrained, token_count, tokenize
 
 if TYPE_CHECKING:
-    from diffusers import UNet2DConditionModel
+    from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 
+    from psd.contracts import Decode
     from psd.priors import PriorInfo
 
 PREDICTIONS = ("epsilon", "v_prediction")
+PIXELS_AT_ONCE = 512 * 512  # that a VAE sees: an image of 512 px alone fills a GPU, and a batch only takes memory
 
 
 class StableDiffusionPrior:
@@ -48,10 +52,9 @@ class StableDiffusionPrior:
         self.device: torch.device = unet.device
         self.alphas_cumprod = scheduler.alphas_cumprod.float().to(self.device)  # fp32 [T]
 
-        downscale = 2 ** (len(vae.config.block_out_channels) - 1)
         size = unet.config.sample_size
         self.latent_shape: tuple[int, int, int] = (unet.config.in_channels, size, size)
-        self.image_size: int = size * downscale  # px
+        self.image_size: int = size * downscale(vae)  # px
         # A tokenizer saved without a length answers 10^30.
         self.max_tokens: int = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
         self.lexicon = sorted({part for word in lexicon for part in words(word)})
@@ -93,14 +96,17 @@ class StableDiffusionPrior:
 
     def encode(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C h w"]:
         """Latents of images in [0, 1]: the posterior's mean (AutoencoderKL has one), so that it is deterministic."""
-        encoded = self.vae.encode((2 * images - 1).to(self.vae.dtype))
-        x = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mean
-        return (x * self.vae.config.scaling_factor).to(images.dtype)
+
+        def latents(rows: Tensor) -> Tensor:
+            encoded = self.vae.encode(rows)
+            return encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mean
+
+        pixels = images.shape[-2:].numel()
+        return in_slices(latents, 2 * images - 1, self.vae.dtype, pixels) * self.vae.config.scaling_factor
 
     def decode(self, x: Float[Tensor, "B C h w"]) -> Float[Tensor, "B 3 H W"]:
         """Images of latents, clamped to [0, 1]."""
-        images = self.vae.decode((x / self.vae.config.scaling_factor).to(self.vae.dtype)).sample
-        return (images.to(x.dtype) / 2 + 0.5).clamp(0, 1)
+        return decode(self.vae, x)
 
     def eps(
         self,
@@ -114,7 +120,7 @@ class StableDiffusionPrior:
         A prior of single images has no use for `cameras`.
         """
         t_in = timestep(t, x_t.device)
-        predicted = self.unet(x_t.to(self.dtype), t_in, encoder_hidden_states=cond.to(self.dtype)).sample.to(x_t.dtype)
+        predicted = in_dtype(self.dtype, lambda x, y: self.unet(x, t_in, encoder_hidden_states=y).sample, x_t, cond)
         if not self.predicts_v:
             return predicted
         alpha_bar = self.alphas_cumprod[t].to(x_t.dtype)
@@ -133,6 +139,60 @@ class StableDiffusionPrior:
             return []
         unknown = [word for word in dict.fromkeys(words(prompt)) if word not in self.lexicon]
         return [(word, tuple(difflib.get_close_matches(word, self.lexicon, n=2))) for word in unknown]
+
+
+def load_tiny_decoder(source: Source, device: str) -> Decode:
+    """Latents to images by the AutoencoderTiny in a folder; its scaling_factor says which latents it takes."""
+    from diffusers import AutoencoderTiny
+
+    vae = pretrained(AutoencoderTiny, source, torch_dtype=vae_dtype(device))
+    return partial(decode, vae.to(device, memory_format=torch.channels_last))
+
+
+def decode(vae: AutoencoderKL | AutoencoderTiny, x: Float[Tensor, "B C h w"]) -> Float[Tensor, "B 3 H W"]:
+    """Images of latents as the UNet sees them, clamped to [0, 1], in the precision of x."""
+    pixels = x.shape[-2:].numel() * downscale(vae) ** 2
+    images = in_slices(lambda rows: vae.decode(rows).sample, x / vae.config.scaling_factor, vae.dtype, pixels)
+    return (images / 2 + 0.5).clamp(0, 1)
+
+
+def downscale(vae: AutoencoderKL | AutoencoderTiny) -> int:
+    """Pixels a side of one latent."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def in_slices(
+    network: Callable[[Tensor], Tensor], x: Float[Tensor, "B ..."], dtype: torch.dtype, pixels: int
+) -> Float[Tensor, "B ..."]:
+    """network(x) row by row, as many rows together as PIXELS_AT_ONCE allows rows of that many `pixels`.
+
+    The rows know nothing of each other, so that this bounds memory and changes no result.
+    """
+    rows = max(1, PIXELS_AT_ONCE // pixels)
+    return torch.cat([in_dtype(dtype, network, part) for part in x.split(rows)])
+
+
+def in_dtype(dtype: torch.dtype, network: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """network(*inputs) computed in `dtype`, answered in the precision of the first input.
+
+    A gradient enters a float16 network scaled to a maximum of 1 and is scaled back behind it: that of a reward, spread
+    over all pixels of an image, would vanish below float16's 6e-8 (loss scaling, Micikevicius et al. 2018).
+    """
+    if dtype != torch.float16 or not any(x.requires_grad for x in inputs) or not torch.is_grad_enabled():
+        return network(*(x.to(dtype) for x in inputs)).to(inputs[0].dtype)
+    scales: list[Tensor] = []
+
+    def scale_up(gradient: Tensor) -> Tensor:
+        scales[:] = [1 / gradient.abs().max().clamp(min=1e-30)]
+        return gradient * scales[0]
+
+    inputs = tuple(x.view_as(x) for x in inputs)  # a hook on the caller's own tensor would stay there
+    for x in inputs:
+        if x.requires_grad:
+            x.register_hook(lambda gradient: gradient / scales[0])
+    answer = network(*(x.to(dtype) for x in inputs)).to(inputs[0].dtype)
+    answer.register_hook(scale_up)
+    return answer
 
 
 def compute_dtype(device: str) -> torch.dtype:

@@ -300,7 +300,8 @@ def connect(
     fetched = prepared.success(fetch_form, asked, results, **light)
     run = fetched.success(run_form, asked, results, **private, **DEVICE, show_progress="hidden")
     models = (show_models, outputs["directory"], [galleries[name] for name in MODELS])
-    chosen, notes = [controls["prior"], controls["reward"]], [form["models"], form["allow_download"]]
+    chosen = [controls[name] for name in ("prior", "reward", "fast_decoder")]
+    notes = [form["models"], form["allow_download"]]
     run.then(idle_buttons, None, run_stop, **light).then(*models, **light).then(*remember, **light).then(
         models_used, chosen, notes, **light
     )
@@ -325,7 +326,7 @@ def connect(
         lambda *values: estimate_of(named(values)), inputs, form["estimate"],
         trigger_mode="always_last", **light,
     )  # fmt: skip
-    gr.on([controls["prior"].change, controls["reward"].change], models_chosen, chosen, notes, **light)
+    gr.on([box.change for box in chosen], models_chosen, chosen, notes, **light)
 
     restored = [*inputs, form["randomise"]]
     form["prompt_chips"].click(lambda index: fill(form["prompts"][index]), form["prompt_chips"], inputs, **light)
@@ -345,14 +346,16 @@ def connect(
     galleries["runs"].select(show_run, galleries["history"], again, **light).then(*models, **light)
 
 
-def models_chosen(prior: str, reward: str) -> list[Any]:
+def models_chosen(prior: str, reward: str, fast_decoder: bool) -> list[Any]:
     """Their note and the checkbox of their download: a tick holds for the models it was set for."""
-    return [model_note(prior, reward), gr.update(**download_box(prior, reward))]
+    models = prior, reward, fast_decoder
+    return [model_note(*models), gr.update(**download_box(*models))]
 
 
-def models_used(prior: str, reward: str) -> list[Any]:
+def models_used(prior: str, reward: str, fast_decoder: bool) -> list[Any]:
     """The same after a run, which may have downloaded them; after one that failed to, the tick stays."""
-    return [model_note(prior, reward), gr.update(visible=download_box(prior, reward)["visible"])]
+    models = prior, reward, fast_decoder
+    return [model_note(*models), gr.update(visible=download_box(*models)["visible"])]
 
 
 def prepare(randomise: bool, allow_download: bool, *values: Any) -> list[Any]:

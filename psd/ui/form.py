@@ -18,7 +18,7 @@ from PIL import Image
 
 from psd.config import MAX_PROMPT_CHARS, PRESETS, RunConfig
 from psd.hub import is_cached
-from psd.priors import PRIORS, PriorInfo
+from psd.priors import PRIORS, DecoderInfo, PriorInfo, gpu_memory, models_of
 from psd.rewards import REWARDS, RewardInfo, reward_terms
 from psd.safety import RequestError, check_name, check_request
 from psd.scene.mesh import read_glb_extras
@@ -67,6 +67,7 @@ LABELS = {
     "negative_interval": "Update n every k steps",
     "negative_decay_steps": "Decay of n's rate (steps)",
     "image_size": "Image size (px)",
+    "fast_decoder": "Rank and preview by TAESD",
     "time_budget_s": "Time budget (s)",
     "compare": "Compare with the arm without preference",
 }
@@ -212,27 +213,28 @@ def copy_link_js() -> str:
     )
 
 
-def known_models(prior: str, reward: str) -> dict[str, PriorInfo | RewardInfo]:
+def known_models(prior: str, reward: str, fast_decoder: bool) -> dict[str, PriorInfo | DecoderInfo | RewardInfo]:
     """The chosen models by name: of a mixture its members, none while it is still being typed."""
-    models: dict[str, PriorInfo | RewardInfo] = {prior: PRIORS[prior]} if prior in PRIORS else {}
+    models: dict[str, PriorInfo | DecoderInfo | RewardInfo] = models_of(prior, fast_decoder) if prior in PRIORS else {}
     with contextlib.suppress(RequestError):
         models |= {name: REWARDS[name] for name in reward_terms(reward or "")}
     return models
 
 
-def model_note(prior: str, reward: str) -> str:
-    """What the chosen models are, their licence and download, to be read before anything is downloaded."""
+def model_note(prior: str, reward: str, fast_decoder: bool = False) -> str:
+    """What the chosen models are, their licence, download and memory, to be read before anything is downloaded."""
     notes = []
-    for name, info in known_models(prior, reward).items():
+    for name, info in known_models(prior, reward, fast_decoder).items():
         here = "downloaded" if is_cached(*info.sources) else f"{info.download_mb} MB to download"
         size = here if info.download_mb else "included"
-        notes.append(f"**{name}** · {info.about} {info.licence}, {size}.")
+        notes.append(f"**{name}** · {info.about} {info.licence}, {size}{gpu_memory(info)}.")
     return "\n\n".join(notes)
 
 
-def download_box(prior: str, reward: str) -> dict[str, Any]:
+def download_box(prior: str, reward: str, fast_decoder: bool = False) -> dict[str, Any]:
     """The checkbox that allows a download: what comes, under which licences; hidden where nothing has to come."""
-    missing = {name: info for name, info in known_models(prior, reward).items() if not is_cached(*info.sources)}
+    models = known_models(prior, reward, fast_decoder)
+    missing = {name: info for name, info in models.items() if not is_cached(*info.sources)}
     licences = "; ".join(f"{name}: {info.licence}" for name, info in missing.items())
     return dict(
         value=False,

@@ -42,7 +42,7 @@ LOAD_S = {"toybox": 1.0, "published": 20.0}
 SECOND_ARM = 0.6  # the arms share one batch: the second costs less than the first
 # What a step's time depends on: a run's estimate is measured on the last run that agrees in all of it.
 WORK = ("prior", "reward", "compare", "method", "image_size", "pref_interval", "negative_interval", "field",
-        "grid_size", "render_size", "render_size_end", "samples")  # fmt: skip
+        "grid_size", "render_size", "render_size_end", "samples", "fast_decoder")  # fmt: skip
 MAX_GPU_S = 120  # asked of ZeroGPU for one run at most; visitors have minutes a day
 measured_step_s: dict[tuple, float] = {}
 

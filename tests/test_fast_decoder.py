@@ -1,0 +1,137 @@
+"""TAESD, the small decoder that ranks and previews: loaded, asked for, refused; its run is in test_published."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from psd.config import RunConfig
+from psd.hub import Source
+from psd.make_image import MakeImage
+from psd.priors import PRIORS, TAESD, load_fast_decoder, stable_diffusion
+from psd.safety import RequestError, check_downloads, check_request, missing_models
+from tests.gaussian import ExactPrior
+
+SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+CONFIG = RunConfig.from_preset("sd15-paper", prompt="a lamp", fast_decoder=True)
+
+
+def make_taesd(folder: Path) -> None:
+    """config.json and safetensors at the top of the folder, as published: small widths, the same depths."""
+    from diffusers import AutoencoderTiny
+
+    torch.manual_seed(0)
+    widths = (8, 8, 8, 8)
+    vae = AutoencoderTiny(encoder_block_out_channels=widths, decoder_block_out_channels=widths)
+    vae.save_pretrained(folder)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    make_taesd(tmp_path / "taesd")
+    return tmp_path / "taesd"
+
+
+@pytest.fixture
+def only_taesd_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psd.hub.is_cached", lambda *sources: TAESD.source not in sources)
+
+
+def test_it_decodes_the_unets_own_latents(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    from diffusers import AutoencoderTiny
+
+    monkeypatch.setattr(stable_diffusion, "vae_dtype", lambda device: torch.float32)
+    info = replace(TAESD, source=Source(str(folder)))
+    decode, vae = load_fast_decoder(info), AutoencoderTiny.from_pretrained(str(folder), local_files_only=True)
+    assert load_fast_decoder(info) is decode
+    x = torch.randn(2, 4, 4, 4, requires_grad=True)
+    images = decode(x)
+    assert images.shape == (2, 3, 32, 32)
+    torch.testing.assert_close(images, (vae.decode(x).sample / 2 + 0.5).clamp(0, 1))
+    (gradient,) = torch.autograd.grad(images.mean(), x)
+    assert gradient.abs().sum() > 0
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_bytes(file.read_bytes()[:-100])])
+def test_damaged_weights_are_one_sentence(folder: Path, damage: Callable[[Path], object]):
+    damage(folder / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(RequestError, match=r"^The weights of '[^\n]+ are incomplete or damaged") as refusal:
+        load_fast_decoder(replace(TAESD, source=Source(str(folder))))
+    assert refusal.value.__cause__ is not None
+
+
+def test_it_is_pinned_to_a_commit():
+    assert len(TAESD.source.revision) == 40
+
+
+def test_it_is_for_priors_of_stable_diffusions_latents():
+    assert [name for name, info in PRIORS.items() if info.fast_decoder] == [
+        name for name, info in PRIORS.items() if not info.source.is_folder
+    ]
+    check_request(CONFIG)
+    for settings in ({}, {"mode": "3d"}):
+        toybox = RunConfig.from_preset(prompt="a lamp", fast_decoder=True, **settings)
+        with pytest.raises(RequestError, match=r"^fast_decoder .*'toybox/\w+': switch it off, or choose one of .*\.$"):
+            check_request(toybox)
+        check_request(replace(toybox, fast_decoder=False))
+    with pytest.raises(RequestError, match=r"^fast_decoder has none for the latents of prior 'org/name'"):
+        check_request(replace(CONFIG, prior="org/name"))
+
+
+def test_it_is_asked_for_where_it_is_switched_on(only_taesd_is_missing: None, monkeypatch: pytest.MonkeyPatch):
+    from huggingface_hub import constants
+
+    assert list(missing_models(CONFIG)) == ["madebyollin/taesd"]
+    assert not missing_models(replace(CONFIG, fast_decoder=False))
+    with pytest.raises(RequestError, match="'madebyollin/taesd' is not in the hub's cache and HF_HUB_OFFLINE forbids"):
+        check_downloads(CONFIG, True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(RequestError, match=r"^allow_download .*madebyollin/taesd \(10 MB, licence: MIT\)"):
+        check_downloads(CONFIG, False)
+    check_downloads(CONFIG, True)
+
+
+def test_without_a_network_the_loader_says_so():
+    with pytest.raises(RequestError, match="'madebyollin/taesd' is not in the hub's cache"):
+        load_fast_decoder(TAESD)
+
+
+def test_the_page_shows_it_where_it_is_switched_on():
+    from psd import ui
+    from psd.ui import form
+
+    models = (SD15, "hpsv2.1")
+    assert "taesd" not in form.model_note(*models) and "MIT" not in form.download_box(*models)["info"]
+    note, box = form.model_note(*models, True), form.download_box(*models, True)
+    assert "**madebyollin/taesd** · TAESD decodes what is ranked and previewed. MIT, 10 MB to download." in note
+    assert "CreativeML OpenRAIL-M, 4270 MB to download, about 12 GB of GPU memory." in note
+    assert ui.models_chosen(*models, True)[0] == ui.models_used(*models, True)[0] == note
+    assert "6260 MB" in box["label"] and "madebyollin/taesd: MIT" in box["info"]
+    assert form.model_note("toybox/sd", "hpsv2.1", True) == form.model_note("toybox/sd", "hpsv2.1")
+
+
+def test_what_is_kept_is_the_priors_own(tmp_path: Path):
+    """Ranked and previewed are pictures of one decoder, exported and scored those of the other."""
+    prior, seen, ranked = ExactPrior((3, 8, 8)), [], []
+
+    def decode(x: torch.Tensor) -> torch.Tensor:
+        seen.append(x)
+        return torch.zeros_like(x)
+
+    def reward(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        ranked.append(images)
+        return images.mean((1, 2, 3))
+
+    config = RunConfig(prompt="a lamp", steps=2, negative_lr=0.0)
+    make = MakeImage(config, {"with": config}, prior, reward, decode)
+    *_, last = make.steps()
+    assert [len(x) for x in seen] == [2] and not ranked[0].any()
+    assert not make.views(last).any()
+    decoded = len(seen)
+    make.export(last, tmp_path, {}, {"brightness": reward})
+    assert len(seen) == decoded
+    torch.testing.assert_close(ranked[-1], (last.x_c["with"] * 255).round() / 255)  # its decoder is the identity
