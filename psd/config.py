@@ -230,7 +230,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         negative_prompt=SD_NEGATIVE, fast_decoder=True,
     ),
     "toybox-fast": dict(
-        mode="3d", prior="toybox/mvdream", reward="toybox/preference", steps=150, gamma=2.5, weighting="recon",
+        mode="3d", prior="toybox/mvdream", reward="toybox/preference", steps=120, gamma=2.5, weighting="recon",
         pref_weight=0.6, pref_interval=2, negative_lr=3e-3, lr=0.3, samples=24, lambda_opacity=60.0,
         lambda_smooth=0.005, mesh_faces=12_000,
     ),
