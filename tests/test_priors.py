@@ -349,10 +349,8 @@ def test_missing_folders_unknown_names_and_other_predictions_are_refused(tiny_fo
 
 
 def test_published_priors_are_pinned_to_a_commit():
-    """But for MVDream's, of which no commit is known here; its repository holds safetensors and JSON alone."""
-    for name, info in PRIORS.items():
-        pinned = len(info.source.revision) == 40 or name == "ashawkey/mvdream-sd2.1-diffusers"
-        assert info.source.is_folder or (pinned and info.download_mb > 0)
+    for info in PRIORS.values():
+        assert info.source.is_folder or (len(info.source.revision) == 40 and info.download_mb > 0)
 
 
 def test_every_prior_has_a_preset_with_settings_of_its_own():

@@ -121,7 +121,7 @@ PRIORS: dict[str, PriorInfo] = {
         "CreativeML Open RAIL++-M", 5160, "Stable Diffusion 2.1 base, 512 px.", gpu_gb=12, fast_decoder=TAESD,
     ),
     "ashawkey/mvdream-sd2.1-diffusers": PriorInfo(
-        Source("ashawkey/mvdream-sd2.1-diffusers", "main", DIFFUSERS_FILES),
+        Source("ashawkey/mvdream-sd2.1-diffusers", "503bb19fc2b2bc542c2afdb7d73ac87a7cbc2253", DIFFUSERS_FILES),
         "OpenRAIL-M", 2580, "MVDream, 4 views of 256 px: the paper's 3D prior.", views=4, gpu_gb=16, fast_decoder=TAESD,
     ),
 }  # fmt: skip
