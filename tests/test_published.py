@@ -15,6 +15,7 @@ from psd.priors import PRIORS, TAESD
 from psd.rewards import REWARDS
 from tests import local_hub
 from tests.local_hub import LocalHub
+from tests.published import TYPED
 
 ROOT = Path(__file__).resolve().parents[1]
 SD15, SD21, MVDREAM = [name for name in PRIORS if not PRIORS[name].source.is_folder]
@@ -26,6 +27,7 @@ CASES = {
     "mvdream": dict(**SMALL, **OBJECT, prior=MVDREAM, reward="imagereward"),
     "mixture": dict(**SMALL, prior=SD15, reward="mps + 0.5 aesthetic"),
     "fast decoder": dict(**SMALL, prior=SD15, reward="hpsv2.1", fast_decoder=True),
+    "typed": dict(**SMALL, prior=TYPED, reward="hpsv2.1"),
     "sd15 again": dict(**SMALL, prior=SD15, reward="hpsv2.1"),
 }
 
@@ -88,6 +90,12 @@ def test_the_fast_decoder_ranks_and_previews_and_leaves_the_picture_to_the_vae(r
     assert read(made, "without.png") == read(plain, "without.png")  # nothing is ranked in this arm
     about = json.loads(Path(made["files"]["run.json"]).read_text())
     assert about["fast_decoder_revision"] == TAESD.source.revision
+
+
+def test_any_stable_diffusion_of_the_hub_can_be_typed(runs: dict[str, dict]):
+    made = runs["typed"]
+    assert made["missing"] == made["told"] == [TYPED]
+    assert len(read(made, "with.png")) == 8 * 8 * 3
 
 
 def test_a_second_run_asks_the_hub_for_nothing(runs: dict[str, dict], hub: LocalHub):

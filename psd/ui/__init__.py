@@ -33,7 +33,6 @@ from psd.ui.form import (
     download_box,
     fill,
     fill_preset,
-    help_line,
     label,
     model_note,
     settings_of_file,
@@ -137,7 +136,8 @@ def build_settings() -> tuple[dict[str, Any], dict[str, Any]]:
     with gr.Group():
         controls["preset"] = dropdown("preset", PRESETS, "Settings to start from.")
         with gr.Row():
-            controls["prior"] = dropdown("prior", PRIORS, help_line("prior"))
+            about = "Diffusion model to distil; any Stable Diffusion of the hub can be typed, as org/name."
+            controls["prior"] = dropdown("prior", PRIORS, about, custom=True)
             targets = [name for name, info in REWARDS.items() if not info.held_out]
             controls["reward"] = dropdown(
                 "reward", targets, f"Model whose preference guides; type a mixture such as {EXAMPLE}.", custom=True

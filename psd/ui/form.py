@@ -20,7 +20,7 @@ from psd.config import MAX_PROMPT_CHARS, PRESETS, RunConfig
 from psd.hub import is_cached
 from psd.priors import PRIORS, DecoderInfo, PriorInfo, gpu_memory, models_of
 from psd.rewards import REWARDS, RewardInfo, reward_terms
-from psd.safety import RequestError, check_name, check_request
+from psd.safety import RequestError, check_name, check_request, is_hub_id
 from psd.scene.mesh import read_glb_extras
 
 FIELDS = {field.name: field for field in dataclasses.fields(RunConfig)}
@@ -215,7 +215,9 @@ def copy_link_js() -> str:
 
 def known_models(prior: str, reward: str, fast_decoder: bool) -> dict[str, PriorInfo | DecoderInfo | RewardInfo]:
     """The chosen models by name: of a mixture its members, none while it is still being typed."""
-    models: dict[str, PriorInfo | DecoderInfo | RewardInfo] = models_of(prior, fast_decoder) if prior in PRIORS else {}
+    models: dict[str, PriorInfo | DecoderInfo | RewardInfo] = {}
+    if prior in PRIORS or (is_hub_id(prior or "") and not Path(prior).exists()):
+        models |= models_of(prior, fast_decoder)
     with contextlib.suppress(RequestError):
         models |= {name: REWARDS[name] for name in reward_terms(reward or "")}
     return models
@@ -225,8 +227,12 @@ def model_note(prior: str, reward: str, fast_decoder: bool = False) -> str:
     """What the chosen models are, their licence, download and memory, to be read before anything is downloaded."""
     notes = []
     for name, info in known_models(prior, reward, fast_decoder).items():
-        here = "downloaded" if is_cached(*info.sources) else f"{info.download_mb} MB to download"
-        size = here if info.download_mb else "included"
+        if all(source.is_folder for source in info.sources):
+            size = "included"
+        elif is_cached(*info.sources):
+            size = "downloaded"
+        else:
+            size = f"{info.download_mb} MB to download" if info.download_mb else "to be downloaded"
         notes.append(f"**{name}** · {info.about} {info.licence}, {size}{gpu_memory(info)}.")
     return "\n\n".join(notes)
 
@@ -236,9 +242,11 @@ def download_box(prior: str, reward: str, fast_decoder: bool = False) -> dict[st
     models = known_models(prior, reward, fast_decoder)
     missing = {name: info for name, info in models.items() if not is_cached(*info.sources)}
     licences = "; ".join(f"{name}: {info.licence}" for name, info in missing.items())
+    sizes = [info.download_mb for info in missing.values()]
+    more = "" if all(sizes) else "and a model of unknown size " if any(sizes) else "a model of unknown size "
     return dict(
         value=False,
         visible=bool(missing),
-        label=f"Download {sum(info.download_mb for info in missing.values())} MB first, once",
+        label=f"Download {f'{sum(sizes)} MB ' if any(sizes) else ''}{more}first, once",
         info=f"I accept the licences. {licences}.",
     )
