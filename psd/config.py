@@ -236,7 +236,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     "mvdream-fast": dict(
         **MVDREAM, steps=1000, gamma=7.5, pref_interval=2, negative_interval=2, grid_size=96, render_size=64,
-        samples=96,
+        samples=96, fast_decoder=True,
     ),
     # Table 1 and App. F.1: one stage of 10,000 steps; gamma, which the paper does not give, is DreamDPO's.
     "paper-single-stage": dict(

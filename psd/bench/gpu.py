@@ -142,7 +142,8 @@ def arms_of(preset: RunConfig) -> dict[str, RunConfig]:
 
     Below them full PSD ranked through the small decoder, and the preset itself, where it is none of these.
     """
-    full = replace(preset, pref_interval=1, negative_interval=1, negative_lr=preset.negative_lr or 1e-3)
+    every_step = dict(pref_interval=1, negative_interval=1, negative_lr=preset.negative_lr or 1e-3)
+    full = replace(preset, **every_step, fast_decoder=False)
     arms = {
         PLAIN: replace(full, method="sds"),
         "delta_pref only": replace(full, negative_lr=0.0),
