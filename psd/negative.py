@@ -50,10 +50,13 @@ class NegativeEmbedding:
         """One ascent step n <- n + lr_2 * grad_n objective(n) (eq. 13); returns the objective before it.
 
         `step` is the run's 0-based step, which the decay counts in; without it the updates done so far are counted.
+        Where a run's gradient is not finite (float16 overflows) it counts as zero: one bad step must not end n.
         """
         with torch.enable_grad():
             reward = objective(self._n)
-            (self._n.grad,) = torch.autograd.grad(reward, self._n)
+            (gradient,) = torch.autograd.grad(reward, self._n)
+        finite = torch.isfinite(gradient).all(-1, keepdim=True).all(-2, keepdim=True)
+        self._n.grad = torch.where(finite, gradient, 0.0)  # `where`, not `if`: the GPU is not waited for
         self._optimizer.param_groups[0]["lr"] = self.lr(self.updates if step is None else step)
         self._optimizer.step()
         self._n.grad = None

@@ -145,6 +145,16 @@ def test_half_precision_embeddings_are_learned_in_fp32():
     assert negative.drift == pytest.approx(2e-4, rel=1e-3)
 
 
+def test_a_gradient_that_is_not_finite_leaves_that_run_s_n_where_it_is():
+    """Two runs in a batch, the second overflows once; afterwards both move again."""
+    n_0 = randn(2, 3, 2)
+    negative, factor = NegativeEmbedding(n_0, 0.1, "sgd"), torch.tensor([1.0, float("inf")]).double()
+    negative.update(lambda n: (n.sum((1, 2)) * factor).sum())
+    torch.testing.assert_close(negative.value, n_0 + 0.1 * torch.tensor([1.0, 0.0]).double().view(2, 1, 1))
+    negative.update(lambda n: n.sum())
+    torch.testing.assert_close(negative.value, n_0 + 0.1 * torch.tensor([2.0, 1.0]).double().view(2, 1, 1))
+
+
 def test_the_given_embedding_is_left_alone_and_no_grad_callers_may_update():
     n_0 = N.clone()
     with torch.no_grad():
