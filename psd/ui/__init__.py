@@ -208,7 +208,7 @@ def build_results(shown: list[examples.Example]) -> tuple[dict[str, Any], dict[s
                     label=text, interactive=False, height=320, clear_color=(0.86, 0.88, 0.90, 1.0), min_width=140,
                     elem_id=name,
                 )  # fmt: skip
-        follow = {name: gr.Button(visible="hidden", elem_id=f"follow_{name}") for name in MODELS}
+        galleries = {f"follow_{name}": gr.Button(visible="hidden", elem_id=f"follow_{name}") for name in MODELS}
         with gr.Row(elem_classes="pair"):
             for name in ("with_video", "without_video"):
                 outputs[name] = gr.Video(
@@ -225,7 +225,7 @@ def build_results(shown: list[examples.Example]) -> tuple[dict[str, Any], dict[s
             outputs[name] = gr.DownloadButton(text, size="sm", min_width=120, elem_id=name)
     outputs["charts"] = html(elem_id="charts")
     outputs["directory"] = gr.State(None)
-    galleries: dict[str, Any] = {"history": gr.State([])}
+    galleries["history"] = gr.State([])
     galleries["runs"] = gr.Gallery(
         label="This session's runs", columns=6, height="auto", allow_preview=False,
         fit_columns=False, object_fit="cover", interactive=False, visible=False, buttons=[], elem_id="history",
@@ -238,11 +238,6 @@ def build_results(shown: list[examples.Example]) -> tuple[dict[str, Any], dict[s
         elem_classes="thumbs",
     )  # fmt: skip
     galleries |= {name: outputs[name] for name in MODELS}
-    for turned, other in (MODELS, MODELS[::-1]):
-        follow[turned].click(
-            same_camera, outputs[turned], outputs[other], queue=False, trigger_mode="always_last",
-            show_progress="hidden", api_visibility="private",
-        )  # fmt: skip
     return {name: outputs[name] for name in OUTPUTS}, galleries
 
 
@@ -315,6 +310,12 @@ def connect(
     outputs["angle"].input(
         same_angle, [outputs["directory"], outputs["angle"]], outputs["slider"], trigger_mode="always_last", **light
     )
+
+    for turned, other in (MODELS, MODELS[::-1]):
+        galleries[f"follow_{turned}"].click(
+            same_camera, galleries[turned], galleries[other], **private, queue=False, trigger_mode="always_last",
+            show_progress="hidden",
+        )  # fmt: skip
 
     controls["preset"].input(fill_preset, controls["preset"], inputs, **light)
     controls["mode"].input(lambda mode: fill_preset(presets_of(mode)[0]), controls["mode"], inputs, **light)

@@ -192,10 +192,14 @@ def note_speed(config: RunConfig, seconds: float, steps_done: int) -> None:
         measured_step_s[work_of(config)] = seconds / steps_done
 
 
+def kind_of(config: RunConfig) -> str:
+    """Row of the guesses above."""
+    return "toybox" if config.prior.startswith("toybox/") else "published"
+
+
 def estimate_s(config: RunConfig) -> float:
     """Seconds this run will take: measured on this process's last such run, else a guess."""
-    kind = "toybox" if config.prior.startswith("toybox/") else "published"
-    guess = STEP_S[kind, config.mode] * (1 + SECOND_ARM * config.compare)
+    guess = STEP_S[kind_of(config), config.mode] * (1 + SECOND_ARM * config.compare)
     seconds = config.steps * measured_step_s.get(work_of(config), guess)
     seconds = min(seconds, BUDGET_SHARE * config.time_budget_s) if config.time_budget_s else seconds
     return seconds + EXPORT_S[config.mode] * (1 + config.compare)
@@ -203,15 +207,13 @@ def estimate_s(config: RunConfig) -> float:
 
 def gpu_seconds(config: RunConfig) -> int:
     """Seconds of GPU to ask for: the estimate with room for loading and slow days, between 15 and MAX_GPU_S."""
-    kind = "toybox" if config.prior.startswith("toybox/") else "published"
-    return int(min(max(1.5 * estimate_s(config) + LOAD_S[kind] + 5, 15), MAX_GPU_S))
+    return int(min(max(1.5 * estimate_s(config) + LOAD_S[kind_of(config)] + 5, 15), MAX_GPU_S))
 
 
 def gpu_steps(config: RunConfig) -> int:
     """How many of the run's steps that much GPU is likely to be enough for."""
-    kind = "toybox" if config.prior.startswith("toybox/") else "published"
     whole = estimate_s(replace(config, time_budget_s=0.0))
-    left = BUDGET_SHARE * gpu_seconds(config) - LOAD_S[kind]
+    left = BUDGET_SHARE * gpu_seconds(config) - LOAD_S[kind_of(config)]
     return min(config.steps, int(config.steps * left / whole))
 
 
