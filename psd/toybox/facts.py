@@ -20,8 +20,14 @@ GROUPS: dict[str, tuple[str, ...]] = {
 
 
 def labels(scene: world.Scene) -> np.ndarray:
-    """Class index of every group, int64 [8]. A pair's groups of details are those of plain objects."""
+    """Class index of every group, int64 [8]. A pair's groups of details are those of plain objects.
+
+    Things beside each other are named in the order of KINDS: no picture tells "a next to b" from "b next to a", and a
+    classifier asked to tell them apart answers with the same thing twice.
+    """
     first, second = scene.first, scene.second
+    if scene.relation == "next":
+        first, second = sorted(scene.things(), key=lambda thing: _KINDS.index(thing.kind))
     kind = world.KINDS[first.kind]
     values = {
         "relation": scene.relation,

@@ -31,7 +31,7 @@ from psd.toybox.pairs import broken_latents, clean_examples, normalise, ranked_b
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets" / "toybox"
 CHECKPOINT_EVERY_S = 240
-WARM_KEYS = 10**7  # where a warm run's draws begin
+WARM_KEYS = 10**7  # how far apart the draws of two warm cycles begin
 NULL_CAPTION_SHARE = 0.1  # prompts dropped for classifier-free guidance
 
 # stage -> optimiser steps, batch, peak learning rate, data seed. Seeds differ so that no model grades its own examples.
@@ -54,7 +54,7 @@ class Bench:
     work: Path
     steps_scale: float
     stages: tuple[str, ...]
-    warm: bool  # without a checkpoint start from the weights in assets/toybox; stages not asked for are only loaded
+    warm: int  # > 0: without a checkpoint start from the weights in assets/toybox; stages not asked for are only loaded
 
     def renders(self, seed: int) -> Renders:
         return Renders(self.work, seed, IMAGES[seed])
@@ -89,7 +89,7 @@ def run_stage(
             part.load_state_dict(saved_weights(ASSETS / folder))
         if name not in bench.stages:
             return module.eval()
-    first_key = WARM_KEYS if bench.warm else 0  # the first cycle's draws and noises would teach little again
+    first_key = WARM_KEYS * bench.warm  # an earlier cycle's draws and noises would teach little again
     optimizer = torch.optim.AdamW(module.parameters(), peak, betas=(0.9, 0.99), weight_decay=0.01)
     best, start = copy.deepcopy(module).requires_grad_(False) if average else module, 0
     if file.exists():
@@ -395,7 +395,10 @@ def bench_from_command_line(description: str, stages: tuple[str, ...]) -> Bench:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--stages", nargs="*", choices=stages, default=[], help="which to run; none named: all")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
-    parser.add_argument("--warm", action="store_true", help="go on from the weights in assets/toybox")
+    parser.add_argument(
+        "--warm", type=int, nargs="?", const=1, default=0, metavar="CYCLE",
+        help="go on from the weights in assets/toybox; every further cycle of a stage needs a number of its own",
+    )  # fmt: skip
     parser.add_argument("--steps-scale", type=float, default=1.0, help="multiplies every stage's number of steps")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ from psd.priors.mvdream import predict, start_from
 from psd.priors.stable_diffusion import StableDiffusionPrior
 from psd.rewards import load_attributes
 from psd.scene.cameras import camera_embedding, sample_cameras
-from psd.toybox import models, train
+from psd.toybox import models, train, world
 from psd.toybox.dataset import Example, example
 from psd.toybox.facts import GROUPS, labels
 from psd.toybox.pairs import normalise, to_pixels
@@ -45,6 +45,10 @@ SINGLES_SEED = 1  # their data seed: what toybox/sd was trained on
 CAMERA_GAIN, CAMERA_STD = 4.0, 0.5  # of the camera embedding at the start, see `open_camera`
 IGNORED = -100  # as a class label: cross_entropy's own
 AZIMUTH_WEIGHT = 0.25  # of the azimuth beside the mean of the eight facts
+PAIR_SHARE = 0.3  # of a batch of views: pairs beside those that come by chance; they are rare and the hardest to read
+GREY_AXIS = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(3)  # its exponential turns hues
+TURNS_TRIED = 6  # to find one that gives an object's main colour another name
+COLOUR_TOLERANCE = 60 / 255  # Euclidean, in RGB: how far from a named colour one of this name may be
 
 
 def train_mvdream(bench: Bench) -> nn.Module:
@@ -175,12 +179,14 @@ def train_views(bench: Bench) -> nn.Module:
     facts = torch.from_numpy(np.stack([labels(scene) for scene in scenes])).to(bench.device)
     shows = torch.tensor([shows_azimuth(scene) for scene in scenes], device=bench.device)
     azimuths = torch.tensor([drawn.azimuth_deg for drawn in groups.groups], device=bench.device)
+    pairs = np.array([i for i, scene in enumerate(scenes) if scene.second])
     model = models.make_attributes(VIEW_GROUPS).to(bench.device, memory_format=torch.channels_last)
     start_from_attributes(model)
 
     def loss_of(step: int, batch: int) -> Tensor:
         rng = np.random.default_rng([109, step])
         index, view = rng.integers(groups.count, size=batch), rng.integers(VIEWS, size=batch)
+        index = np.where(rng.random(batch) < PAIR_SHARE, rng.choice(pairs, batch), index)
         pixels = to_pixels(groups.take(index)[np.arange(batch), view], bench.device)
         pixels, stated_facts = recolour(augment(wear(pixels, rng), rng), facts[index], rng)
         with bench.autocast():
@@ -222,14 +228,38 @@ def start_from_attributes(model: nn.Module) -> None:
 def recolour(
     pixels: Float[Tensor, "B 3 H W"], target: Int[Tensor, "B G"], rng: np.random.Generator
 ) -> tuple[Float[Tensor, "B 3 H W"], Int[Tensor, "B G"]]:
-    """Half the pictures with their channels shuffled, their colours no longer asked for: a kind must be known by its
-    shape. In the training data some kinds never have some colours, and a classifier learns that too."""
-    shuffled = torch.from_numpy(rng.random(len(pixels)) < 0.5).to(pixels.device)
-    order = torch.from_numpy(rng.permuted(np.tile(np.arange(3), (len(pixels), 1)), axis=1)).to(pixels.device)
-    order = torch.where(shuffled[:, None], order, torch.arange(3, device=pixels.device))
-    colours = torch.tensor(["colour" in group for group in GROUPS], device=pixels.device)
-    pixels = pixels[torch.arange(len(pixels), device=pixels.device)[:, None], order]
-    return pixels, target.masked_fill(shuffled[:, None] & colours, IGNORED)
+    """Half the pictures with their hues turned, every second of these with red and green exchanged as well.
+
+    In the training data each kind lacks a colour, and a classifier learns that too. Colours are asked for by the name
+    they have after the turn; those near no name, or near two, are not asked for. The background stays as it is: a tint
+    would tell which pictures were turned.
+    """
+    batch, main = len(pixels), target[:, list(GROUPS).index("colour_a")].cpu().numpy()
+    angle = rng.uniform(0, 2 * np.pi, (batch, TURNS_TRIED, 1, 1))
+    turns = np.cos(angle) * np.eye(3) + (1 - np.cos(angle)) / 3 + np.sin(angle) * GREY_AXIS
+    turns = np.where(rng.random(angle.shape) < 0.5, turns, turns[..., [1, 0, 2]])
+    named = np.array(list(world.COLOURS.values())) / 255
+    turned = (np.einsum("btij,kj->btki", turns, named - BACKGROUND) + BACKGROUND).clip(0, 1)
+    distance = np.linalg.norm(turned[..., None, :] - named, axis=-1)  # [B, turns, colours, colours]
+    nearest, second = np.moveaxis(np.sort(distance)[..., :2], -1, 0)
+    clear = (nearest <= COLOUR_TOLERANCE) & (second >= 1.6 * nearest)
+    renamed = np.where(clear, distance.argmin(-1), IGNORED)  # [B, turns, colours]
+    rows = np.arange(batch)
+    after = renamed[rows, :, main]
+    first = ((after != IGNORED) & (after != main[:, None])).argmax(1)  # that gives the main colour another name
+    left = (rng.random(batch) < 0.5)[:, None]
+    turn = np.where(left[..., None], np.eye(3), turns[rows, first])
+    renamed = np.where(left, np.arange(len(named)), renamed[rows, first])
+
+    target = target.clone()
+    for column, (group, values) in enumerate(GROUPS.items()):
+        if "colour" in group:
+            others = len(values) - len(named)  # "none" stays what it is
+            names = np.where(renamed == IGNORED, IGNORED, renamed + others)
+            names = np.concatenate([np.tile(np.arange(others), (batch, 1)), names], 1)
+            target[:, column] = torch.from_numpy(names[rows, target[:, column].cpu().numpy()]).to(target)
+    turn, background = torch.from_numpy(turn).to(pixels), torch.from_numpy(BACKGROUND).to(pixels).view(3, 1, 1)
+    return (torch.einsum("bij,bjhw->bihw", turn, pixels - background) + background).clamp(0, 1), target
 
 
 TRAINERS = {"mvdream": train_mvdream, "views": train_views}
