@@ -147,6 +147,10 @@ class RunConfig:
         0, "Their side in the second half of the run; 0 = the same.", low=0, high=512, group="object"
     )
     samples: int = setting(48, "Samples along a ray.", low=8, high=512, group="object")
+    lambda_rgb: float = setting(
+        0.0, "Weight of the image-space loss: renders against the decoded, guided x0-hat; for weighting=recon.",
+        low=0.0, high=1e5, group="object",
+    )  # fmt: skip
     lambda_orient: float = setting(
         0.0, "Weight of the orientation loss at the start (normals that face away).", low=0.0, high=1e5, group="object"
     )
@@ -231,8 +235,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     "toybox-fast": dict(
         mode="3d", prior="toybox/mvdream", reward="toybox/preference", steps=120, gamma=2.5, weighting="recon",
-        pref_weight=0.6, pref_interval=2, negative_lr=3e-3, lr=0.3, samples=24, lambda_opacity=60.0,
-        lambda_smooth=0.005, mesh_faces=12_000,
+        pref_weight=0.6, pref_interval=2, negative_lr=3e-3, lr=0.3, samples=24, lambda_rgb=0.3,
+        lambda_opacity=60.0, lambda_smooth=0.005, mesh_faces=12_000,
     ),
     "mvdream-fast": dict(
         **MVDREAM, steps=1000, gamma=7.5, pref_interval=2, negative_interval=2, grid_size=96, render_size=64,

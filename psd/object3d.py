@@ -24,7 +24,7 @@ from psd.methods import METHODS, Predictions
 from psd.negative import NegativeEmbedding
 from psd.scene.cameras import Cameras, Rig, camera_embedding, sample_cameras, view_names
 from psd.scene.fields import HashField, VoxelField
-from psd.scene.losses import opacity_loss, orientation_loss, z_variance_loss
+from psd.scene.losses import image_loss, opacity_loss, orientation_loss, z_variance_loss
 from psd.scene.render import Occupancy, Rendering, render
 from psd.schedule import NoiseSchedule
 
@@ -183,9 +183,10 @@ def distil_object(
                 arm.field, background, cameras, size, samples=shared.samples, jitter=jitter,
                 with_normals=with_normals, occupancy=arm.occupancy,
             )  # fmt: skip
-        pixels = torch.cat([rendering.rgb for rendering in seen.values()])
-        pixels = F.interpolate(pixels, (prior.image_size, prior.image_size), mode="bilinear", align_corners=False)
+        renders = torch.cat([rendering.rgb for rendering in seen.values()])
+        pixels = F.interpolate(renders, (prior.image_size, prior.image_size), mode="bilinear", align_corners=False)
         encoded = dict(zip(arms, prior.encode(pixels).split(views)))
+        pixels = dict(zip(arms, pixels.split(views)))
 
         # Noise the pair (eq. 11) of every arm; one batched forward.
         noises = {name: arm.noises(step, fresh) for name, arm in arms.items()}
@@ -193,11 +194,15 @@ def distil_object(
         n = {name: arm.negative.value.expand(views, -1, -1) for name, arm in arms.items()}
         predicted = eps_of_arms(prior, t, noisy, y_views, n, poses)
 
-        terms, loss = {}, pixels.new_zeros(())
+        terms, loss = {}, renders.new_zeros(())
         for name, arm in arms.items():
             p = Predictions(noisy[name], noises[name], *predicted[name], alpha_t, sigma_t)
             guided = METHODS[arm.config.method].step(p, arm.config, score)
             loss = loss + (encoded[name] * guided.g).sum() / views + arm.regularisers(seen[name], share)
+            if arm.config.lambda_rgb:
+                with torch.no_grad():  # weighting recon: x_c - g is the guided x0-hat
+                    target = prior.decode(encoded[name] - guided.g)
+                loss = loss + arm.config.lambda_rgb * image_loss(pixels[name], target)
             terms[name] = guided.terms
             if step % (arm.config.pref_interval * arm.config.negative_interval) == 0:
                 update_negative(prior, score, arm.negative, p, guided, arm.config.gamma, t, step, poses)
@@ -211,8 +216,8 @@ def distil_object(
         opacity = {name: rendering.opacity.mean().item() for name, rendering in seen.items()}
         failures = [failure for name, arm in arms.items() if (failure := arm.advance(opacity[name], share))]
         failure = f"Stopped at step {step + 1}: {failures[0]}" if failures else ""
-        renders = {name: rendering.rgb.detach() for name, rendering in seen.items()}
-        yield ObjectStep(step + 1, t, renders, opacity, terms, drift, failure)
+        shown = {name: rendering.rgb.detach() for name, rendering in seen.items()}
+        yield ObjectStep(step + 1, t, shown, opacity, terms, drift, failure)
         if failure:
             return
 

@@ -155,6 +155,11 @@ def check_mode(config: RunConfig) -> None:
         raise RequestError(
             f"steps must be a whole number from 2 to {MAX_IMAGE_STEPS} in mode image, got {config.steps}."
         )
+    if config.mode == "3d" and config.lambda_rgb and config.weighting != "recon":
+        raise RequestError(
+            f"lambda_rgb compares renders with the x0-hat that weighting recon reconstructs, got {config.weighting}: "
+            "choose weighting recon, or set lambda_rgb to 0."
+        )
     if config.render_size_end and config.render_size_end < config.render_size:
         raise RequestError(
             f"render_size_end must be 0 or at least render_size = {config.render_size}, got {config.render_size_end}."

@@ -132,6 +132,21 @@ def test_the_scene_moves_towards_what_the_prior_expects():
     assert after > before + 0.04
 
 
+def test_the_image_loss_alone_pulls_as_the_latent_one_does_where_pixels_are_latents():
+    """Between a render and its x_c - g lies g: the same gradient by another way than through the encoder."""
+
+    class Blind(ExactPrior):
+        def encode(self, images: Tensor) -> Tensor:
+            return images.detach()
+
+    _, by_latents = run({"with": CONFIG})
+    _, by_images = run({"with": replace(CONFIG, lambda_rgb=1.0)}, Blind())
+    torch.testing.assert_close(weights(by_images["with"]), weights(by_latents["with"]), rtol=0, atol=1e-5)
+    _, by_both = run({"with": replace(CONFIG, lambda_rgb=1.0, lambda_opacity=10.0)})
+    _, by_latents = run({"with": replace(CONFIG, lambda_opacity=5.0)})  # Adam: twice the gradient is the same step
+    torch.testing.assert_close(weights(by_both["with"]), weights(by_latents["with"]), rtol=0, atol=1e-5)
+
+
 def test_group_ranking_gives_every_view_the_mean():
     prior, x_0 = ExactPrior(), torch.rand(2, 4, 3, SIDE, SIDE)
     cameras = orbit_cameras(4)

@@ -126,6 +126,9 @@ def test_rules_between_fields():
     assert "image_size must be a multiple of 64" in refusal(image_size=100)
     assert "try 64" in refusal(image_size=1)
     check_request(config_with(image_size=512))
+    object_of = {"mode": "3d", "prior": "toybox/mvdream", "lambda_rgb": 0.3}
+    assert "lambda_rgb compares renders with" in refusal(**object_of, weighting="one")
+    check_request(config_with(**object_of, weighting="recon"))
 
 
 @pytest.mark.parametrize("prior", ["/etc", "/nowhere", "../x", "./x", "~", "~root/x", "a/../../etc", "a/b/c", "."])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from psd.scene.losses import opacity_loss, orientation_loss, z_variance_loss
+from psd.scene.losses import image_loss, opacity_loss, orientation_loss, z_variance_loss
 from psd.scene.render import accumulate
 from tests.test_render import padded_march
 
@@ -86,3 +86,11 @@ def test_losses_of_an_empty_picture_are_finite():
     assert opacity_loss(empty).item() == pytest.approx(0.1)
     (total + opacity_loss(empty)).backward()
     assert empty.grad.isfinite().all()
+
+
+def test_image_loss_by_hand():
+    """Two images of two pixels: half of (4 + 1) and of 0, their mean."""
+    images = torch.zeros(2, 3, 1, 2)
+    target = images.clone()
+    target[0, 0, 0, 0], target[0, 2, 0, 1] = 2.0, -1.0
+    assert image_loss(images, target).item() == 1.25

@@ -1,4 +1,4 @@
-"""Regularisers of a rendering: pure functions, unweighted, each as threestudio defines it.
+"""Losses of a rendering: pure functions, unweighted, each as threestudio defines it.
 
 Weights and their schedules are the caller's.
 """
@@ -37,3 +37,8 @@ def z_variance_loss(z_variance: Float[Tensor, "*rays"], opacity: Float[Tensor, "
     """
     solid = opacity > 0.5
     return torch.where(solid, z_variance, 0.0).sum() / solid.sum().clamp(min=1)
+
+
+def image_loss(images: Float[Tensor, "B 3 H W"], target: Float[Tensor, "B 3 H W"]) -> Float[Tensor, ""]:
+    """Half the squared distance, summed over pixels and channels, mean over the images. Source: HiFA's L_BGT+."""
+    return 0.5 * (images - target).square().sum((1, 2, 3)).mean()

@@ -46,6 +46,7 @@ LABELS = {
     "render_size": "Training renders (px)",
     "render_size_end": "Training renders, second half (px)",
     "samples": "Samples a ray",
+    "lambda_rgb": "λ image space",
     "lambda_orient": "λ orientation",
     "lambda_orient_end": "λ orientation, at the end",
     "lambda_opacity": "λ opacity",
