@@ -84,10 +84,6 @@ class RunConfig:
     lr: float = setting(
         0.04, "Learning rate of update=adam; in 3D of the voxel grid.", low=1e-5, high=10.0, group="method"
     )
-    lr_end: float = setting(
-        1.0, "3D: share of the learning rates left at the end; they fall in the second half of the run.",
-        low=0.0, high=1.0, group="method",
-    )  # fmt: skip
     weighting: str = setting(
         "one", "w(t): one = 1, sds = 1 - abar, recon = sigma/alpha.", choices=("one", "sds", "recon"), group="method"
     )
@@ -234,7 +230,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         negative_prompt=SD_NEGATIVE, fast_decoder=True,
     ),
     "toybox-fast": dict(
-        mode="3d", prior="toybox/mvdream", reward="toybox/preference", steps=120, gamma=2.5, weighting="recon",
+        mode="3d", prior="toybox/mvdream", reward="toybox/preference", steps=100, gamma=2.5, weighting="recon",
         pref_weight=0.6, pref_interval=2, negative_lr=3e-3, lr=0.3, samples=24, lambda_rgb=0.3,
         lambda_opacity=60.0, lambda_smooth=0.005, mesh_faces=12_000,
     ),

@@ -66,7 +66,6 @@ class ObjectArm:
         lr = config.negative_lr if METHODS[config.method].learns_negative else 0.0
         negative = NegativeEmbedding(n_0, lr, config.negative_optimizer, config.negative_decay_steps)
         groups = field.parameter_groups() + background.parameter_groups()
-        groups = [group | {"initial_lr": group["lr"]} for group in groups]
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), eps=1e-15, weight_decay=0.01)
         occupancy = Occupancy(field.radius, n_0.device)
         return cls(config, field, background, negative, optimizer, occupancy)
@@ -85,9 +84,6 @@ class ObjectArm:
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         finite = bool(torch.stack([torch.isfinite(gradient).all() for gradient in gradients]).all())  # one wait for all
         if finite:
-            for group in self.optimizer.param_groups:
-                # A last state under the full rate is one draw of the steps' noise: colours stay mottled.
-                group["lr"] = group["initial_lr"] * (1 - (1 - self.config.lr_end) * max(0.0, 2 * share - 1))
             self.optimizer.step()
         settled = share > 0.1  # a field may fill or empty the box on its way
         empty, full = settled and opacity < 0.002, settled and opacity > 0.98

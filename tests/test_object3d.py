@@ -195,16 +195,6 @@ def test_an_empty_scene_ends_the_run():
     assert states[-1].step < 100
 
 
-def test_learning_rates_fall_in_the_second_half():
-    """Ten steps down to a tenth; by hand: full up to the middle, then 1 - 0.9 * (2 * share - 1)."""
-    states, arms = run({"with": replace(plain(CONFIG), steps=10, lr=0.05, lr_end=0.1)})
-    assert arms["with"].optimizer.param_groups[0]["lr"] == pytest.approx(0.05 * (1 - 0.9 * 0.8))  # the last share: 0.9
-    (half, _), (constant, _) = (run({"with": replace(plain(CONFIG), steps=10, lr_end=end)}) for end in (0.1, 1.0))
-    for step, same in ((6, True), (9, False)):  # the render of step k shows the field after step k - 1
-        assert torch.equal(half[step].views["with"], constant[step].views["with"]) is same
-    assert len(states) == 10
-
-
 def test_timesteps_anneal_as_in_the_papers_configuration():
     """10,000 steps: low 0.98 -> 0.02 and high 0.98 -> 0.50 over the first 8,000."""
     config = replace(CONFIG, t_max=0.98, t_min=0.02, t_max_end=0.5, t_anneal=0.8)
