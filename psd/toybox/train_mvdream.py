@@ -238,28 +238,32 @@ def recolour(
     angle = rng.uniform(0, 2 * np.pi, (batch, TURNS_TRIED, 1, 1))
     turns = np.cos(angle) * np.eye(3) + (1 - np.cos(angle)) / 3 + np.sin(angle) * GREY_AXIS
     turns = np.where(rng.random(angle.shape) < 0.5, turns, turns[..., [1, 0, 2]])
-    named = np.array(list(world.COLOURS.values())) / 255
-    turned = (np.einsum("btij,kj->btki", turns, named - BACKGROUND) + BACKGROUND).clip(0, 1)
-    distance = np.linalg.norm(turned[..., None, :] - named, axis=-1)  # [B, turns, colours, colours]
-    nearest, second = np.moveaxis(np.sort(distance)[..., :2], -1, 0)
-    clear = (nearest <= COLOUR_TOLERANCE) & (second >= 1.6 * nearest)
-    renamed = np.where(clear, distance.argmin(-1), IGNORED)  # [B, turns, colours]
-    rows = np.arange(batch)
+    renamed, rows = names_after(turns), np.arange(batch)
     after = renamed[rows, :, main]
     first = ((after != IGNORED) & (after != main[:, None])).argmax(1)  # that gives the main colour another name
     left = (rng.random(batch) < 0.5)[:, None]
     turn = np.where(left[..., None], np.eye(3), turns[rows, first])
-    renamed = np.where(left, np.arange(len(named)), renamed[rows, first])
+    renamed = np.where(left, np.arange(len(world.COLOURS)), renamed[rows, first])
 
     target = target.clone()
     for column, (group, values) in enumerate(GROUPS.items()):
         if "colour" in group:
-            others = len(values) - len(named)  # "none" stays what it is
+            others = len(values) - len(world.COLOURS)  # "none" stays what it is
             names = np.where(renamed == IGNORED, IGNORED, renamed + others)
             names = np.concatenate([np.tile(np.arange(others), (batch, 1)), names], 1)
             target[:, column] = torch.from_numpy(names[rows, target[:, column].cpu().numpy()]).to(target)
     turn, background = torch.from_numpy(turn).to(pixels), torch.from_numpy(BACKGROUND).to(pixels).view(3, 1, 1)
     return (torch.einsum("bij,bjhw->bihw", turn, pixels - background) + background).clamp(0, 1), target
+
+
+def names_after(turns: Float[np.ndarray, "*batch 3 3"]) -> Int[np.ndarray, "*batch colours"]:
+    """For every named colour the index of the name that it has once turned about the background's, or IGNORED."""
+    named = np.array(list(world.COLOURS.values())) / 255
+    turned = (np.einsum("...ij,kj->...ki", turns, named - BACKGROUND) + BACKGROUND).clip(0, 1)
+    distance = np.linalg.norm(turned[..., None, :] - named, axis=-1)
+    nearest, second = np.moveaxis(np.sort(distance)[..., :2], -1, 0)
+    clear = (nearest <= COLOUR_TOLERANCE) & (second >= 1.6 * nearest)
+    return np.where(clear, distance.argmin(-1), IGNORED)
 
 
 TRAINERS = {"mvdream": train_mvdream, "views": train_views}
