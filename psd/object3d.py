@@ -179,10 +179,10 @@ def distil_object(
                 arm.field, background, cameras, size, samples=shared.samples, jitter=jitter,
                 with_normals=with_normals, occupancy=arm.occupancy,
             )  # fmt: skip
-        renders = torch.cat([rendering.rgb for rendering in seen.values()])
-        pixels = F.interpolate(renders, (prior.image_size, prior.image_size), mode="bilinear", align_corners=False)
+        pixels = torch.cat([rendering.rgb for rendering in seen.values()])
+        pixels = F.interpolate(pixels, (prior.image_size, prior.image_size), mode="bilinear", align_corners=False)
         encoded = dict(zip(arms, prior.encode(pixels).split(views)))
-        pixels = dict(zip(arms, pixels.split(views)))
+        images = dict(zip(arms, pixels.split(views)))
 
         # Noise the pair (eq. 11) of every arm; one batched forward.
         noises = {name: arm.noises(step, fresh) for name, arm in arms.items()}
@@ -190,7 +190,7 @@ def distil_object(
         n = {name: arm.negative.value.expand(views, -1, -1) for name, arm in arms.items()}
         predicted = eps_of_arms(prior, t, noisy, y_views, n, poses)
 
-        terms, loss = {}, renders.new_zeros(())
+        terms, loss = {}, pixels.new_zeros(())
         for name, arm in arms.items():
             p = Predictions(noisy[name], noises[name], *predicted[name], alpha_t, sigma_t)
             guided = METHODS[arm.config.method].step(p, arm.config, score)
@@ -198,7 +198,7 @@ def distil_object(
             if arm.config.lambda_rgb:
                 with torch.no_grad():  # weighting recon: x_c - g is the guided x0-hat
                     target = prior.decode(encoded[name] - guided.g)
-                loss = loss + arm.config.lambda_rgb * image_loss(pixels[name], target)
+                loss = loss + arm.config.lambda_rgb * image_loss(images[name], target)
             terms[name] = guided.terms
             if step % (arm.config.pref_interval * arm.config.negative_interval) == 0:
                 update_negative(prior, score, arm.negative, p, guided, arm.config.gamma, t, step, poses)
@@ -212,8 +212,8 @@ def distil_object(
         opacity = {name: rendering.opacity.mean().item() for name, rendering in seen.items()}
         failures = [failure for name, arm in arms.items() if (failure := arm.advance(opacity[name], share))]
         failure = f"Stopped at step {step + 1}: {failures[0]}" if failures else ""
-        shown = {name: rendering.rgb.detach() for name, rendering in seen.items()}
-        yield ObjectStep(step + 1, t, shown, opacity, terms, drift, failure)
+        renders = {name: rendering.rgb.detach() for name, rendering in seen.items()}
+        yield ObjectStep(step + 1, t, renders, opacity, terms, drift, failure)
         if failure:
             return
 

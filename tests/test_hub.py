@@ -368,9 +368,8 @@ def test_the_page_asks_with_size_and_licences_only_where_something_would_come(on
     assert typed["label"] == f"Download {REWARDS['hpsv2.1'].download_mb} MB and a model of unknown size first, once"
     assert "somebody/her-fine-tune: see the model card on the hub" in typed["info"]
     assert "to be downloaded" in form.model_note("somebody/her-fine-tune", "toybox/preference")
-    assert form.model_note("psd/ui", "toybox/preference") == form.model_note(
-        "", "toybox/preference"
-    )  # a folder of ours
+    ours = "psd/ui"  # a folder that is spelled like a hub id
+    assert form.model_note(ours, "toybox/preference") == form.model_note("", "toybox/preference")
     mixed = form.download_box("toybox/sd", "hpsv2.1 + 0.5 mps")
     assert "6400 MB" in mixed["label"] and "hpsv2.1: Apache-2.0; mps: MIT" in mixed["info"]
     asked = form.download_box(PUBLISHED.prior, PUBLISHED.reward)

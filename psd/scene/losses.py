@@ -1,4 +1,4 @@
-"""Losses of a rendering: pure functions, unweighted, each as threestudio defines it.
+"""Losses of a rendering: pure functions, unweighted; the regularisers as threestudio defines them.
 
 Weights and their schedules are the caller's.
 """
@@ -40,5 +40,5 @@ def z_variance_loss(z_variance: Float[Tensor, "*rays"], opacity: Float[Tensor, "
 
 
 def image_loss(images: Float[Tensor, "B 3 H W"], target: Float[Tensor, "B 3 H W"]) -> Float[Tensor, ""]:
-    """Half the squared distance, summed over pixels and channels, mean over the images. Source: HiFA's L_BGT+."""
+    """Half the squared distance, summed over pixels and channels, mean over the images. Source: HiFA (lambda_rgb)."""
     return 0.5 * (images - target).square().sum((1, 2, 3)).mean()
