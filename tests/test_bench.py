@@ -74,7 +74,7 @@ def test_jobs_come_back_under_their_prompt_and_seed(tmp_path: Path):
 
     def run_batch(jobs: list[paired.Job]) -> paired.Values:
         for job in jobs:
-            paired.save_picture(tmp_path, job, torch.rand(3, 64, 64))
+            paired.save_pictures(tmp_path, job, {"arm": torch.rand(12, 3, 64, 64), "other": torch.rand(12, 3, 64, 64)})
         return {"arm": {"x": [10.0 * order[world.caption(scene)] + seed for scene, seed in jobs]}}
 
     found = paired.measure(run_batch, scenes, seeds=2, batch=4, workers=1)
@@ -82,8 +82,24 @@ def test_jobs_come_back_under_their_prompt_and_seed(tmp_path: Path):
     pictures = sorted(tmp_path.iterdir())
     assert len(pictures) == 6
     with Image.open(pictures[0]) as picture:
-        assert picture.size == (64, 64)
-    assert paired.contact_sheet(tmp_path, scenes, 2).width == 128
+        assert picture.size == (12 * 64, 2 * 64)
+    assert paired.contact_sheet(tmp_path, scenes, 2, 3).width == 2 * 4 * 64
+
+
+def test_pictures_are_judged_again_without_being_made(tmp_path: Path):
+    """And as they were: what is written is what is judged."""
+    jobs = [(scene, 0) for scene in paired.heldout_scenes(2)]
+    made = [{arm: torch.rand(3, 3, 64, 64) for arm in ("plain", "full")} for _ in jobs]
+    brightness = lambda views, scene: {"brightness": views.mean().item()}  # noqa: E731
+    config, common = RunConfig.from_preset("toybox-fast"), ("cpu", tmp_path)
+    first = paired.run_batch(lambda *_: made, brightness, config, *common, False, jobs)
+    second = paired.run_batch(lambda *_: pytest.fail("made again"), brightness, config, *common, True, jobs)
+    assert first == second and set(first["full"]) == {"target", "judge", "brightness"}
+    for job, pictures in enumerate(made):
+        for arm, views in pictures.items():
+            assert first[arm]["brightness"][job] == pytest.approx(views.mean().item(), abs=2e-3)
+    kept = paired.load_pictures(tmp_path, jobs[0])["full"]
+    assert np.abs(kept / 255 - made[0]["full"].permute(0, 2, 3, 1).numpy()).max() <= 0.5 / 255 + 1e-6
 
 
 @pytest.mark.parametrize("bench", [image, scene])

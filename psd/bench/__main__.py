@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from psd.bench import gpu, image, scene
-from psd.bench.paired import contact_sheet, heldout_scenes, measure, table
+from psd.bench.paired import contact_sheet, heldout_scenes, measure, run_batch, table
 from psd.config import RunConfig
 from psd.toybox import world
 
@@ -44,6 +44,7 @@ def add_table_flags(parser: argparse.ArgumentParser, bench) -> None:
     parser.add_argument("--steps", type=int, default=None, help="instead of the preset's")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, on a CPU")
     parser.add_argument("--output", type=Path, default=None, help="values; pictures of all runs beside it")
+    parser.add_argument("--again", action="store_true", help="judge the pictures of --output's earlier run again")
 
 
 def add_gpu_flags(parser: argparse.ArgumentParser) -> None:
@@ -56,23 +57,30 @@ def add_gpu_flags(parser: argparse.ArgumentParser) -> None:
 def write_table(bench, args: argparse.Namespace) -> None:
     """Measure one of TABLES, print it, and write its values and pictures."""
     config = RunConfig.from_preset(args.preset, steps=args.steps)
-    scenes = heldout_scenes(args.prompts)
     output = args.output or Path(f"outputs/bench-{args.mode}.json")
     pictures = output.with_suffix("")
     pictures.mkdir(parents=True, exist_ok=True)
-    extra = bench.costs(config, args.device)  # before the workers: alone on the machine
+    if args.again:
+        earlier = json.loads(output.read_text(encoding="utf-8"))
+        config, extra = RunConfig.from_dict(earlier["config"]), earlier["costs"]
+        args.prompts, args.seeds = len(earlier["prompts"]), earlier["seeds"]
+    else:
+        extra = bench.costs(config, args.device)  # before the workers: alone on the machine
+    scenes = heldout_scenes(args.prompts)
     workers = args.workers if args.device == "cpu" else 1
-    run_batch = partial(bench.run_batch, config, args.device, pictures)
-    found = measure(run_batch, scenes, args.seeds, bench.BATCH, workers)
+    run = partial(run_batch, bench.make, bench.seen_in, config, args.device, pictures, args.again)
+    found = measure(run, scenes, args.seeds, bench.BATCH, workers)
     values = {arm: {name: v.tolist() for name, v in columns.items()} for arm, columns in found.items()}
     record = {
         "config": config.to_dict(),
         "prompts": [world.caption(s) for s in scenes],
+        "seeds": args.seeds,
         "values": values,
         "costs": extra,
     }
     output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    contact_sheet(pictures, scenes, bench.SHEET_COLUMNS).save(output.with_suffix(".png"), optimize=True)
+    page = contact_sheet(pictures, scenes, bench.SHEET_COLUMNS, bench.SHOWN_EVERY)
+    page.save(output.with_suffix(".png"), optimize=True)
     print(table(found, bench.COLUMNS, bench.PLAIN, extra))
 
 

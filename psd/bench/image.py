@@ -5,12 +5,13 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from psd.bench.paired import Column, Job, Values, save_picture
+from psd.bench.paired import Column, Job, Pictures
 from psd.config import RunConfig
 from psd.image import distil_image, scorer
 from psd.priors import load_prior
@@ -19,7 +20,7 @@ from psd.toybox import world
 from psd.toybox.evaluate import facts_of
 
 PRESET, PROMPTS, SEEDS, BATCH = "toybox-image", 40, 3, 15
-SHEET_COLUMNS = 1
+SHEET_COLUMNS, SHOWN_EVERY = 10, 1
 PLAIN = "DDIM (plain arm)"
 COLUMNS = {
     "target": Column("target reward", 2),
@@ -45,29 +46,22 @@ def arms_of(config: RunConfig) -> dict[str, RunConfig]:
 
 
 @torch.no_grad()
-def run_batch(config: RunConfig, device: str, pictures: Path, jobs: list[Job]) -> Values:
-    """The jobs at once; how many does not change the results. Their arms' pictures go side by side to `pictures`."""
-    prior, target = load_prior(config.prior, device), load_reward(config.reward, device)
-    judge, arms = load_reward("toybox/judge", device), arms_of(config)
+def make(config: RunConfig, device: str, jobs: list[Job]) -> list[Pictures]:
+    """The jobs at once; how many does not change the results."""
+    prior, target, arms = load_prior(config.prior, device), load_reward(config.reward, device), arms_of(config)
     prompts = [world.caption(scene) for scene, _ in jobs]
     generators = [torch.Generator().manual_seed(seed) for _, seed in jobs]
     y, n_0 = prior.embed(prompts), prior.embed([config.negative_prompt] * len(jobs))
     for state in distil_image(prior, scorer(prior.decode, target, prompts), y, n_0, arms, generators):
         x_c = state.x_c
-    found, shown = {}, []
-    for name in arms:
-        images = prior.decode(x_c[name])
-        shown.append(images)
-        held = facts_of(images, [scene for scene, _ in jobs])
-        found[name] = {
-            "target": target(images, prompts).tolist(),
-            "judge": judge(images, prompts).tolist(),
-            "facts": [100 * float(np.mean(list(facts.values()))) for facts in held],
-            "all_facts": [100.0 * all(facts.values()) for facts in held],
-        }
-    for job, row in zip(jobs, zip(*shown)):
-        save_picture(pictures, job, torch.cat(row, -1))
-    return found
+    images = {name: prior.decode(x_c[name]) for name in arms}
+    return [{name: images[name][job, None] for name in arms} for job in range(len(jobs))]
+
+
+def seen_in(image: Float[Tensor, "1 3 S S"], scene: world.Scene) -> dict[str, float]:
+    """facts: of those stated, which hold; all_facts: whether all do. In %."""
+    held = list(facts_of(image, [scene])[0].values())
+    return {"facts": 100 * float(np.mean(held)), "all_facts": 100.0 * all(held)}
 
 
 def costs(config: RunConfig, device: str) -> dict[str, dict[str, str]]:

@@ -1,11 +1,13 @@
 """What every table is made of: the same jobs for every arm, means with intervals, paired differences.
 
 All arms of a job share their random numbers, so that differences are paired. Intervals are 95 % bootstraps over prompts
-(seeds of one prompt are not independent).
+(seeds of one prompt are not independent). A job's pictures are written to a file and judged as they are there: what is
+slow to make can be judged again, by a later reward or classifier.
 """
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -14,12 +16,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
-from psd.export import export_png, to_uint8
+from psd.config import RunConfig
+from psd.export import PNG_KEY, export_png, to_uint8
+from psd.rewards import load_reward
 from psd.toybox import world
+from psd.toybox.pairs import to_pixels
 from psd.toybox.pictures import sheet
 
 PROMPT_SEED = 92  # held-out scenes of the tables; defaults were tuned on others (93)
@@ -31,6 +36,7 @@ class Column(NamedTuple):
 
 
 Job = tuple[world.Scene, int]  # a scene and a seed
+Pictures = dict[str, Float[Tensor, "V 3 S S"]]  # arm -> one image, or an object's views, in [0, 1]
 Values = dict[str, dict[str, list[float]]]  # arm -> column -> one value a job
 Found = dict[str, dict[str, Float[np.ndarray, "P S"]]]  # arm -> column -> value of every prompt and seed
 
@@ -60,18 +66,62 @@ def measure(
     }
 
 
-def picture_of(folder: Path, job: Job) -> Path:
+def run_batch(
+    make: Callable[[RunConfig, str, list[Job]], list[Pictures]],
+    seen_in: Callable[[Float[Tensor, "V 3 S S"], world.Scene], dict[str, float]],
+    config: RunConfig,
+    device: str,
+    folder: Path,
+    again: bool,
+    jobs: list[Job],
+) -> Values:
+    """Make the jobs' pictures, or take those in `folder`, and judge them: rewards' means and what `seen_in` says."""
+    if not again:
+        for job, pictures in zip(jobs, make(config, device, jobs), strict=True):
+            save_pictures(folder, job, pictures)
+    rewards = {"target": load_reward(config.reward, device), "judge": load_reward("toybox/judge", device)}
+    found = {}
+    for job in jobs:
+        prompt = world.caption(job[0])
+        for name, images in load_pictures(folder, job).items():
+            views = to_pixels(images, torch.device(device))
+            with torch.no_grad():
+                values = {
+                    column: score(views, [prompt] * len(views)).mean().item() for column, score in rewards.items()
+                }
+                values |= seen_in(views, job[0])
+            for column, value in values.items():
+                found.setdefault(name, {}).setdefault(column, []).append(value)
+    return found
+
+
+def file_of(folder: Path, job: Job) -> Path:
     scene, seed = job
     return folder / f"{world.caption(scene).replace(' ', '-')}-{seed}.png"
 
 
-def save_picture(folder: Path, job: Job, picture: Float[Tensor, "3 H W"]) -> None:
-    export_png(picture_of(folder, job), to_uint8(picture), {"prompt": world.caption(job[0]), "seed": job[1]})
+def save_pictures(folder: Path, job: Job, pictures: Pictures) -> None:
+    """One PNG: a row an arm, a column a view."""
+    rows = torch.cat([torch.cat(list(views), -1) for views in pictures.values()], -2)
+    settings = {"prompt": world.caption(job[0]), "seed": job[1], "arms": list(pictures)}
+    export_png(file_of(folder, job), to_uint8(rows), settings)
 
 
-def contact_sheet(folder: Path, scenes: list[world.Scene], columns: int) -> Image.Image:
-    """Every scene's picture of seed 0, in order: nothing is picked."""
-    shown = [np.asarray(Image.open(picture_of(folder, (scene, 0)))) for scene in scenes]
+def load_pictures(folder: Path, job: Job) -> dict[str, UInt8[np.ndarray, "V S S 3"]]:
+    """arm -> pictures; raises FileNotFoundError where the job was not run."""
+    with Image.open(file_of(folder, job)) as picture:
+        arms, image = json.loads(picture.text[PNG_KEY])["arms"], np.array(picture)
+    size = len(image) // len(arms)
+    tiles = image.reshape(len(arms), size, -1, size, 3).swapaxes(1, 2)
+    return dict(zip(arms, tiles))
+
+
+def contact_sheet(folder: Path, scenes: list[world.Scene], columns: int, every: int) -> Image.Image:
+    """Every scene's arms of seed 0, one below the other, in order: nothing is picked. `every`: shown views."""
+    shown = []
+    for scene in scenes:
+        rows = [np.concatenate(list(views[::every]), 1) for views in load_pictures(folder, (scene, 0)).values()]
+        shown.append(np.concatenate(rows))
     return sheet(shown, [world.caption(scene) for scene in scenes], columns)
 
 

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from psd.bench.paired import Column, Job, Values, save_picture
+from psd.bench.paired import Column, Job, Pictures
 from psd.config import RunConfig
 from psd.events import Preview
 from psd.hub import Source
@@ -32,7 +32,7 @@ from psd.toybox.pairs import to_pixels
 from psd.toybox.raster import render
 
 PRESET, PROMPTS, SEEDS, BATCH = "toybox-fast", 20, 2, 1
-SHEET_COLUMNS = 4
+SHEET_COLUMNS, SHOWN_EVERY = 4, 3
 PLAIN = "without preference"
 TRUTH = "the world's own object"  # what the classifier and the rewards make of the real thing: no run can ask for more
 COLUMNS = {
@@ -54,27 +54,17 @@ def arms_of(config: RunConfig) -> dict[str, RunConfig]:
     }
 
 
-def run_batch(config: RunConfig, device: str, pictures: Path, jobs: list[Job]) -> Values:
-    """The jobs one after the other, their arms in lockstep; what is seen goes to `pictures`, a row an arm."""
-    prior, target = load_prior(config.prior, device), load_reward(config.reward, device)
-    judge, found = load_reward("toybox/judge", device), {}
+def make(config: RunConfig, device: str, jobs: list[Job]) -> list[Pictures]:
+    """The jobs one after the other, their arms in lockstep, and the world's own object from the same cameras."""
+    prior, target, made = load_prior(config.prior, device), load_reward(config.reward, device), []
     for scene, seed in jobs:
         run = replace(config, prompt=world.caption(scene), seed=seed, compare=False)
-        make = MakeObject(run, arms_of(run), prior, target, prior.decode)
-        for _ in make.steps():
+        objects = MakeObject(run, arms_of(run), prior, target, prior.decode)
+        for _ in objects.steps():
             pass
-        seen = {name: make.scored_views(name) for name in make.arms}
-        rows = [torch.cat(list(views[::3]), -1) for views in seen.values()]
-        save_picture(pictures, (scene, seed), torch.cat(rows, -2))
-        seen[TRUTH] = true_views(scene, seed, make.scored_cameras, prior.image_size).to(device)
-        for name, views in seen.items():
-            measured = {
-                reward_name: reward(views, [run.prompt] * len(views)).mean().item()
-                for reward_name, reward in (("target", target), ("judge", judge))
-            } | seen_in(views, scene)
-            for column, value in measured.items():
-                found.setdefault(name, {}).setdefault(column, []).append(value)
-    return found
+        seen = {name: objects.scored_views(name) for name in objects.arms}
+        made.append(seen | {TRUTH: true_views(scene, seed, objects.scored_cameras, prior.image_size).to(device)})
+    return made
 
 
 def true_views(scene: world.Scene, seed: int, cameras: Cameras, size: int) -> Float[Tensor, "V 3 S S"]:
@@ -85,7 +75,6 @@ def true_views(scene: world.Scene, seed: int, cameras: Cameras, size: int) -> Fl
     return to_pixels(images, torch.device("cpu"))
 
 
-@torch.no_grad()
 def seen_in(views: Float[Tensor, "V 3 H W"], scene: world.Scene) -> dict[str, float]:
     """What the classifier of single views reads of an object, in %.
 
