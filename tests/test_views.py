@@ -182,7 +182,7 @@ def small_stages(monkeypatch, tmp_path, tiny) -> Path:
     """Both stages on few groups, few steps and tiny models, their weights under the returned folder."""
     monkeypatch.setattr(views, "CHUNK", 4)
     monkeypatch.setattr(train_mvdream, "load_prior", lambda name, device: tiny)
-    monkeypatch.setattr(train_mvdream, "GROUPS_DRAWN", {4: 4, 5: 20})  # of seed 5 the 17th is a pair
+    monkeypatch.setattr(train_mvdream, "GROUPS_DRAWN", {4: 4, 5: 4, 6: 4})
     monkeypatch.setitem(train.STAGES, "mvdream", (4, 2, 4e-4, 4))
     monkeypatch.setitem(train.STAGES, "views", (2, 4, 2e-3, 5))
     monkeypatch.setattr(train, "ASSETS", tmp_path / "assets")
@@ -254,14 +254,15 @@ def test_recoloured_pictures_are_asked_for_the_colours_they_show():
 
     turned = ((seen - pixels).abs() > 1e-3).flatten(1).any(1)
     chromatic = torch.from_numpy(np.ptp(paint[colour], axis=1) > 0.1)
-    assert 0.4 < turned[chromatic].float().mean() < 0.6
+    assert 0.5 < turned[chromatic].float().mean() < 0.7
     assert torch.equal(asked[~turned & chromatic], target[~turned & chromatic])
     distance = np.linalg.norm(seen[:, :, 0, 0].numpy()[:, None] - paint, axis=-1)
     main = asked[:, list(GROUPS).index("colour_a")].numpy()
     kept = main != train_mvdream.IGNORED
     assert (main[kept] == distance.argmin(1)[kept]).all()
     assert (distance.min(1)[kept] <= train_mvdream.COLOUR_TOLERANCE).all()
-    assert ((main != colour) & kept).sum() > 120 and (~kept).sum() > 10, "some take another's name, some none"
+    assert 0.15 < (~kept & turned.numpy()).mean() < 0.35, "of one tint, or near no name"
+    assert ((main != colour) & kept).sum() > 90, "some take another's name"
     for i, group in enumerate(GROUPS):
         if "colour" not in group or group == "colour_b":  # "none" is no colour
             assert torch.equal(asked[:, i], target[:, i]), group

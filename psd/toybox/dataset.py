@@ -33,10 +33,12 @@ class Example:
         return f"{text}, {self.quality}" if self.quality else text
 
 
-def example(seed: int, index: int, heldout: bool = False) -> tuple[Example, np.random.Generator]:
+def example(
+    seed: int, index: int, heldout: bool = False, pairs: float = world.PAIRS
+) -> tuple[Example, np.random.Generator]:
     """Example `index` of data set `seed`, and the generator that draws its image."""
     rng = np.random.default_rng([seed, index])
-    scene = world.sample_scene(rng, heldout)
+    scene = world.sample_scene(rng, heldout, pairs)
     quality = str(rng.choice(world.QUALITY)) if not heldout and rng.random() < DEGRADED_SHARE else ""
     return Example(scene, quality), rng
 

@@ -39,13 +39,15 @@ STAGES |= {
     "mvdream":    ( 3000,   8, 4.0e-4, 4),
     "views":      ( 3000,  64, 1.0e-3, 5),
 }  # fmt: skip
-GROUPS_DRAWN = {4: 12288, 5: 8192}  # data seed -> how many groups
+PAIRS_SEED = 6  # data seed of the pairs that the classifier of views sees beside those that come by chance
+GROUPS_DRAWN = {4: 12288, 5: 16384, PAIRS_SEED: 8192}  # data seed -> how many groups
 SINGLE_SHARE = 0.15  # of a step's images: pictures without a camera, as MVDream mixes them, with this share of the loss
 SINGLES_SEED = 1  # their data seed: what toybox/sd was trained on
 CAMERA_GAIN, CAMERA_STD = 4.0, 0.5  # of the camera embedding at the start, see `open_camera`
 IGNORED = -100  # as a class label: cross_entropy's own
 AZIMUTH_WEIGHT = 0.25  # of the azimuth beside the mean of the eight facts
-PAIR_SHARE = 0.3  # of a batch of views: pairs beside those that come by chance; they are rare and the hardest to read
+PAIR_SHARE = 0.4  # of a batch of views: pairs beside those that come by chance; they are rare and the hardest to read
+GREY_SHARE = 0.2  # of a batch of views: pictures of one tint
 GREY_AXIS = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(3)  # its exponential turns hues
 TURNS_TRIED = 6  # to find one that gives an object's main colour another name
 COLOUR_TOLERANCE = 60 / 255  # Euclidean, in RGB: how far from a named colour one of this name may be
@@ -175,20 +177,24 @@ def train_views(bench: Bench) -> nn.Module:
     """The facts and, of kinds that show it, the azimuth; no mirrored pictures: they would be seen from elsewhere."""
     seed = STAGES["views"][3]
     groups = rank_0_first(lambda: Groups(bench.work, seed, GROUPS_DRAWN[seed]))
-    scenes = [drawn.example.scene for drawn in groups.groups]
+    pairs = rank_0_first(lambda: Groups(bench.work, PAIRS_SEED, GROUPS_DRAWN[PAIRS_SEED], pairs=1.0))
+    every = groups.groups + pairs.groups
+    scenes = [drawn.example.scene for drawn in every]
     facts = torch.from_numpy(np.stack([labels(scene) for scene in scenes])).to(bench.device)
     shows = torch.tensor([shows_azimuth(scene) for scene in scenes], device=bench.device)
-    azimuths = torch.tensor([drawn.azimuth_deg for drawn in groups.groups], device=bench.device)
-    pairs = np.array([i for i, scene in enumerate(scenes) if scene.second])
+    azimuths = torch.tensor([drawn.azimuth_deg for drawn in every], device=bench.device)
     model = models.make_attributes(VIEW_GROUPS).to(bench.device, memory_format=torch.channels_last)
     start_from_attributes(model)
 
     def loss_of(step: int, batch: int) -> Tensor:
         rng = np.random.default_rng([109, step])
-        index, view = rng.integers(groups.count, size=batch), rng.integers(VIEWS, size=batch)
-        index = np.where(rng.random(batch) < PAIR_SHARE, rng.choice(pairs, batch), index)
-        pixels = to_pixels(groups.take(index)[np.arange(batch), view], bench.device)
-        pixels, stated_facts = recolour(augment(wear(pixels, rng), rng), facts[index], rng)
+        more = round(PAIR_SHARE * batch)
+        by_chance, paired = rng.integers(groups.count, size=batch - more), rng.integers(pairs.count, size=more)
+        order, view = rng.permutation(batch), rng.integers(VIEWS, size=batch)
+        index = np.concatenate([by_chance, groups.count + paired])[order]
+        images = np.concatenate([groups.take(by_chance), pairs.take(paired)])[order, view]
+        pixels = augment(wear(to_pixels(images, bench.device), rng), rng)
+        pixels, stated_facts = recolour(pixels, facts[index], rng)
         with bench.autocast():
             logits = model(normalise(pixels)).logits
         stated, seen_from = logits.float().tensor_split([-len(AZIMUTHS)], 1)
@@ -228,11 +234,11 @@ def start_from_attributes(model: nn.Module) -> None:
 def recolour(
     pixels: Float[Tensor, "B 3 H W"], target: Int[Tensor, "B G"], rng: np.random.Generator
 ) -> tuple[Float[Tensor, "B 3 H W"], Int[Tensor, "B G"]]:
-    """Half the pictures with their hues turned, every second of these with red and green exchanged as well.
+    """Half the pictures with their hues turned, every second of these with red and green exchanged; some in one tint.
 
     In the training data each kind lacks a colour, and a classifier learns that too. Colours are asked for by the name
-    they have after the turn; those near no name, or near two, are not asked for. The background stays as it is: a tint
-    would tell which pictures were turned.
+    they have after the turn; those near no name, or near two, are not asked for, nor any of a tinted picture. The
+    background stays as it is: it would tell which pictures were turned.
     """
     batch, main = len(pixels), target[:, list(GROUPS).index("colour_a")].cpu().numpy()
     angle = rng.uniform(0, 2 * np.pi, (batch, TURNS_TRIED, 1, 1))
@@ -244,6 +250,8 @@ def recolour(
     left = (rng.random(batch) < 0.5)[:, None]
     turn = np.where(left[..., None], np.eye(3), turns[rows, first])
     renamed = np.where(left, np.arange(len(world.COLOURS)), renamed[rows, first])
+    grey, tint = rng.random(batch) < GREY_SHARE, rng.uniform(0.5, 1.2, (batch, 3))
+    turn[grey], renamed[grey] = tint[grey, :, None] / 3, IGNORED
 
     target = target.clone()
     for column, (group, values) in enumerate(GROUPS.items()):

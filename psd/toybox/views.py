@@ -57,17 +57,21 @@ class Group:
         return np.stack([camera_to_world(azimuth, self.elevation_deg, self.distance) for azimuth in self.azimuth_deg])
 
 
-def group(seed: int, index: int, heldout: bool = False) -> tuple[Group, np.random.Generator]:
+def group(
+    seed: int, index: int, heldout: bool = False, pairs: float = world.PAIRS
+) -> tuple[Group, np.random.Generator]:
     """Group `index` of data set `seed`, and the generator that draws its object and its flaw."""
-    drawn, rng = example(seed, index, heldout)
+    drawn, rng = example(seed, index, heldout, pairs)
     azimuths = rng.uniform(0, 360) + 360 / VIEWS * np.arange(VIEWS)
     elevation, distance = rng.uniform(*TOYBOX_RIG.elevation_deg), _FOCAL * rng.uniform(*TOYBOX_RIG.distance)
     return Group(drawn, tuple((azimuths % 360).tolist()), elevation, distance), rng
 
 
-def draw_group(seed: int, index: int, heldout: bool = False) -> UInt8[np.ndarray, "V S S 3"]:
+def draw_group(
+    seed: int, index: int, heldout: bool = False, pairs: float = world.PAIRS
+) -> UInt8[np.ndarray, "V S S 3"]:
     """The views of a group: one instance of the object, and one flaw of one strength over all of them."""
-    drawn, rng = group(seed, index, heldout)
+    drawn, rng = group(seed, index, heldout, pairs)
     surfaces = world.build(drawn.example.scene, rng)
     views = np.stack([render(surfaces, pose, IMAGE_SIZE, FOVY_DEG) for pose in drawn.poses()])
     if not drawn.example.quality:
@@ -80,7 +84,8 @@ class Groups:
     """`count` groups of data set `seed` under `folder`; draws what is missing, in all cores, and keeps it.
 
     Kept are the images, uint8 [CHUNK, V, S, S, 3] a file, or what `encode` makes of images [n, V, S, S, 3]: an array
-    [n, V, ...]. The files are memory-mapped. groups: scenes and cameras of all; poses: float32 [count, V, 4, 4].
+    [n, V, ...]. The files are memory-mapped. pairs: share of scenes with two things. groups: scenes and cameras of all;
+    poses: float32 [count, V, 4, 4].
     """
 
     def __init__(
@@ -90,15 +95,16 @@ class Groups:
         count: int,
         heldout: bool = False,
         encode: Callable[[np.ndarray], np.ndarray] | None = None,
+        pairs: float = world.PAIRS,
     ):
-        self.seed, self.count, self.heldout, self.encode = seed, count, heldout, encode
+        self.seed, self.count, self.heldout, self.encode, self.pairs = seed, count, heldout, encode, pairs
         kept = "latents" if encode else "images"
         self.folder = Path(folder) / f"views-{seed}{'-heldout' if heldout else ''}-{kept}"
         self.folder.mkdir(parents=True, exist_ok=True)
         chunks = range(-(-count // CHUNK))
         self._draw_missing([c for c in chunks if not self._path(c).exists()])
         self.chunks = [np.load(self._path(c), mmap_mode="r") for c in chunks]
-        self.groups = [group(seed, index, heldout)[0] for index in range(count)]
+        self.groups = [group(seed, index, heldout, pairs)[0] for index in range(count)]
         self.poses = np.stack([drawn.poses() for drawn in self.groups])
 
     def _path(self, chunk: int) -> Path:
@@ -109,7 +115,7 @@ class Groups:
             return
         from tqdm.auto import tqdm
 
-        draw = partial(draw_group, self.seed, heldout=self.heldout)
+        draw = partial(draw_group, self.seed, heldout=self.heldout, pairs=self.pairs)
         with ProcessPoolExecutor(os.cpu_count()) as pool:
             for chunk in tqdm(missing, desc=f"drawing {self.folder.name}", unit="chunk"):
                 # Lazy: a batch is encoded here while the others are being drawn.

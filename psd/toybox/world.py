@@ -263,6 +263,9 @@ class Scene:
         return tuple(facts)
 
 
+PAIRS = 0.22  # of scenes
+
+
 def is_heldout_scene(scene: Scene) -> bool:
     return any(is_heldout(thing.kind, thing.colour) for thing in scene.things())
 
@@ -277,7 +280,7 @@ def sample_thing(rng: np.random.Generator, plain: bool = False, kinds: tuple[str
     return Thing(kind, colour, part, proportion, "metal" if rng.random() < 0.2 else "")
 
 
-def sample_scene(rng: np.random.Generator, heldout: bool = False, pairs: float = 0.22) -> Scene:
+def sample_scene(rng: np.random.Generator, heldout: bool = False, pairs: float = PAIRS) -> Scene:
     """A random scene; `heldout` asks for one with a combination that training never shows."""
     while True:
         if rng.random() < pairs:
