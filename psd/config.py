@@ -156,6 +156,10 @@ class RunConfig:
     lambda_opacity: float = setting(
         0.0, "Weight of the opacity loss (an empty space is preferred).", low=0.0, high=1e5, group="object"
     )
+    lambda_solid: float = setting(
+        0.0, "Weight of the solidity loss (what is seen is opaque), after 30 % of the run.", low=0.0, high=1e5,
+        group="object",
+    )  # fmt: skip
     lambda_z_variance: float = setting(
         0.0, "Weight of the depth variance along rays (thin surfaces are preferred).", low=0.0, high=1e5, group="object"
     )

@@ -24,13 +24,14 @@ from psd.methods import METHODS, Predictions
 from psd.negative import NegativeEmbedding
 from psd.scene.cameras import Cameras, Rig, camera_embedding, sample_cameras, view_names
 from psd.scene.fields import HashField, VoxelField
-from psd.scene.losses import image_loss, opacity_loss, orientation_loss, z_variance_loss
+from psd.scene.losses import image_loss, opacity_loss, orientation_loss, solid_loss, z_variance_loss
 from psd.scene.render import Occupancy, Rendering, render
 from psd.schedule import NoiseSchedule
 
 BLOB_DENSITY = 10.0  # in the middle of the ball that a field starts from
 OCCUPANCY_EVERY = 16  # steps
 RANDOM_BACKGROUND_SHARE = 0.5  # of the steps, where a background is learned: it must not do the object's work
+SOLID_FROM = 0.3  # of the run; before, it is the ball a field starts from that is seen
 BAD_STEPS = 20  # in a row until a run is given up
 
 ViewScore = Callable[[Float[Tensor, "N V C h w"], Cameras], Float[Tensor, "N V"]]  # psd.methods.Score, once bound
@@ -104,6 +105,8 @@ class ObjectArm:
             total = total + weight * orientation_loss(*seen.samples, seen.opacity)
         if c.lambda_opacity:
             total = total + c.lambda_opacity * opacity_loss(seen.opacity)
+        if c.lambda_solid and share >= SOLID_FROM:
+            total = total + c.lambda_solid * solid_loss(seen.contrast, seen.opacity)
         if c.lambda_z_variance:
             total = total + c.lambda_z_variance * z_variance_loss(seen.z_variance, seen.opacity)
         if c.lambda_smooth and c.field == "voxels":

@@ -12,6 +12,8 @@ from psd.config import RunConfig
 from psd.object3d import ObjectArm, ObjectStep, anneal_timestep, distil_object, start_field, view_scorer
 from psd.scene.cameras import Rig, orbit_cameras
 from psd.scene.fields import ConstantBackground, DirectionalBackground
+from psd.scene.losses import SEEN
+from psd.scene.render import Rendering, render
 from tests import gaussian
 
 SIDE = 8
@@ -170,6 +172,28 @@ def test_the_reward_is_told_the_view(view_prompts: bool):
     assert read == [2 * (views if view_prompts else ["a cat"] * 4)]
     score(torch.rand(1, 4, 3, SIDE, SIDE), orbit_cameras(4, elevation_deg=70))
     assert read[1] == 4 * ["a cat, overhead view" if view_prompts else "a cat"]
+
+
+def test_what_is_seen_is_made_solid_once_the_first_30_percent_are_over():
+    """Steps on that loss alone: a faint grey ball before white becomes an opaque one, of the same outline."""
+    config = replace(plain(CONFIG), lambda_solid=300.0, lr=0.3)
+    start, white = start_field(config, radius=0.7), ConstantBackground((0.99,) * 3).requires_grad_(False)
+    arm = ObjectArm.start(config, start, white, ExactPrior().embed(["bad"]))
+
+    def seen() -> Rendering:
+        return render(
+            arm.field, white, orbit_cameras(4), 16, samples=32, jitter=None, with_normals=False, occupancy=None
+        )
+
+    before = seen()
+    assert arm.regularisers(before, 0.29).item() == 0
+    for _ in range(40):
+        arm.optimizer.zero_grad()
+        arm.regularisers(seen(), 0.3).backward()
+        arm.optimizer.step()
+    after, inside = seen(), before.contrast > SEEN
+    assert 0.02 < inside.float().mean() < 0.9 and before.opacity[inside].mean() < 0.8
+    assert after.opacity[inside].mean() > 0.95
 
 
 def test_a_hash_field_with_a_learned_background_learns_both():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from psd.scene.losses import image_loss, opacity_loss, orientation_loss, z_variance_loss
+from psd.scene.losses import image_loss, opacity_loss, orientation_loss, solid_loss, z_variance_loss
 from psd.scene.render import accumulate
 from tests.test_render import padded_march
 
@@ -69,6 +69,15 @@ def test_opacity_loss_by_hand():
     loss.backward()
     assert loss.item() == pytest.approx((0.1 + 1.01**0.5) / 2)
     torch.testing.assert_close(opacity.grad, torch.tensor([[0.0, 0.5 / 1.01**0.5]]))  # none at 0, and no NaN
+
+
+def test_solid_loss_by_hand():
+    """Of four rays two are seen, one of them solid already."""
+    contrast, opacity = torch.tensor([0.2, 0.3, 0.05, 0.0]), torch.tensor([0.4, 1.0, 0.3, 0.0], requires_grad=True)
+    loss = solid_loss(contrast, opacity)
+    loss.backward()
+    assert loss.item() == pytest.approx(0.6**2 / 4)
+    torch.testing.assert_close(opacity.grad, torch.tensor([-2 * 0.6 / 4, 0.0, 0.0, 0.0]))
 
 
 def test_z_variance_loss_by_hand():

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+SEEN = 0.1  # contrast with the background; halos stay below it
+
 
 def orientation_loss(
     weights: Float[Tensor, "*samples"],
@@ -28,6 +30,15 @@ def orientation_loss(
 def opacity_loss(opacity: Float[Tensor, "*rays"]) -> Float[Tensor, ""]:
     """Sparsity: mean sqrt(opacity^2 + 0.01). Least, 0.1, where the picture is empty; smooth at 0."""
     return (opacity**2 + 0.01).sqrt().mean()
+
+
+def solid_loss(contrast: Float[Tensor, "*rays"], opacity: Float[Tensor, "*rays"]) -> Float[Tensor, ""]:
+    """What is seen is solid: mean of (1 - opacity)^2 where the contrast with the background is above SEEN, else of 0.
+
+    One background colour does not tell something white from something dark and transparent, and the sparsity of
+    `opacity_loss` decides for the latter, which is no mesh. Our own.
+    """
+    return ((1 - opacity).square() * (contrast > SEEN)).mean()
 
 
 def z_variance_loss(z_variance: Float[Tensor, "*rays"], opacity: Float[Tensor, "*rays"]) -> Float[Tensor, ""]:

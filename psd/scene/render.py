@@ -43,6 +43,7 @@ class Rendering(NamedTuple):
     """Pictures of B cameras."""
 
     rgb: Float[Tensor, "B 3 H W"]  # foreground + background * (1 - opacity)
+    contrast: Float[Tensor, "B 1 H W"]  # max over channels |rgb - background|; without gradient
     foreground: Float[Tensor, "B 3 H W"]  # sum w c
     opacity: Float[Tensor, "B 1 H W"]  # sum w
     depth: Float[Tensor, "B 1 H W"]  # sum w t; divided by opacity it is the mean distance
@@ -255,7 +256,7 @@ def render_rays(
     with_normals: bool,
     occupancy: Occupancy | None,
 ) -> tuple[Float[Tensor, "R C"], Samples | None]:
-    """The columns of `accumulate` behind those of rgb, and the samples if normals are asked for."""
+    """The columns of `accumulate` behind those of rgb and contrast, and the samples if normals are asked for."""
     if jitter is None:
         offset = origins.new_full((len(origins),), 0.5)
     else:
@@ -269,8 +270,10 @@ def render_rays(
     density, rgb = field(points)
     normals = field.normals(points) if with_normals else None
     columns, weights = accumulate(march, len(origins), density, rgb, normals)
-    composed = columns[:, :3] + background(directions) * (1 - columns[:, 3:4])
-    return torch.cat([composed, columns], 1), None if normals is None else Samples(weights, normals, along)
+    behind = background(directions)
+    composed = columns[:, :3] + behind * (1 - columns[:, 3:4])
+    contrast = (composed - behind).detach().abs().amax(1, keepdim=True)
+    return torch.cat([composed, contrast, columns], 1), None if normals is None else Samples(weights, normals, along)
 
 
 def render(
@@ -318,5 +321,5 @@ def render_views(
 def pictures(columns: Float[Tensor, "R C"], views: int, size: int, samples: Samples | None) -> Rendering:
     """The columns of `render_rays` as images."""
     images = columns.view(views, size, size, -1).permute(0, 3, 1, 2)
-    rgb, foreground, opacity, depth, z_variance, normal = images.split([3, 3, 1, 1, 1, images.shape[1] - 9], 1)
-    return Rendering(rgb, foreground, opacity, depth, z_variance, normal if normal.shape[1] else None, samples)
+    *parts, normal = images.split([3, 1, 3, 1, 1, 1, images.shape[1] - 10], 1)
+    return Rendering(*parts, normal if normal.shape[1] else None, samples)

@@ -50,6 +50,7 @@ LABELS = {
     "lambda_orient": "λ orientation",
     "lambda_orient_end": "λ orientation, at the end",
     "lambda_opacity": "λ opacity",
+    "lambda_solid": "λ solidity",
     "lambda_z_variance": "λ depth variance",
     "lambda_smooth": "λ smoothness",
     "mesh_faces": "Triangles of the mesh",
