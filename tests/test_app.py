@@ -118,8 +118,9 @@ BAD_REQUESTS = [
     (dict(prompt=PROMPT, preset="toybox-imge"), "did you mean toybox-image"),
     (dict(prompt=PROMPT, preset=["toybox-image"]), "preset"),
     (dict(prompt=PROMPT, reward="nobody"), "reward 'nobody' is not known"),
-    (dict(prompt=PROMPT, prior="someone/else"), "prior 'someone/else' is not known"),
-    (dict(prompt=PROMPT, prior="/etc"), "prior"),
+    (dict(prompt=PROMPT, prior="toybox/ds"), "prior 'toybox/ds' is not known"),
+    (dict(prompt=PROMPT, prior="someone/else"), "'someone/else' is not in the hub's cache"),
+    (dict(prompt=PROMPT, prior="/etc"), "is a path, which only the command line may use"),
     (dict(prompt=PROMPT, t_min=0.9, t_max=0.5), "t_min must be below t_max"),
     (dict(prompt=PROMPT, image_size=100), "multiple of 64"),
 ]
@@ -278,6 +279,11 @@ def test_a_mixture_is_shown_with_every_members_licence_and_size():
         info = REWARDS[name]
         assert f"**{name}** · {info.about} {info.licence}, {info.download_mb} MB to download." in note
     assert form.model_note("toybox/sd", "hpsv2.1 + ") == form.model_note("toybox/sd", "")  # still being typed
+
+
+def test_a_prior_of_the_hub_can_be_typed_and_travels_in_a_link():
+    assert form.checked({"prompt": PROMPT, "prior": "someone/else"}).prior == "someone/else"
+    assert form.settings_of_query({"prompt": PROMPT, "prior": "someone/else"})["prior"] == "someone/else"
 
 
 def test_a_mixture_can_be_typed_and_travels_in_a_link():

@@ -113,18 +113,13 @@ def control(name: str) -> gr.components.Component:
 
 
 def checked(settings: Mapping[str, Any]) -> RunConfig:
-    """The RunConfig a front end asked for: None means the preset's value. Raises RequestError.
-
-    Narrower than `check_request` in one point: over the network a prior is a name of PRIORS, never a hub id, or
-    anybody could make the server download anything.
-    """
+    """The RunConfig a front end asked for: None means the preset's value. Raises RequestError."""
     settings = {name: number(FIELDS[name], value) for name, value in settings.items() if name in FIELDS}
     preset = settings.pop("preset", None)
     if preset is not None:
         check_name("preset", str(preset), PRESETS)
     config = RunConfig.from_preset(preset, **settings)
     check_request(config)
-    check_name("prior", config.prior, PRIORS)
     return config
 
 
