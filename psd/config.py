@@ -236,7 +236,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "toybox-fast": dict(
         mode="3d", prior="toybox/mvdream", reward="toybox/preference", steps=100, gamma=2.5, weighting="recon",
         pref_weight=0.6, pref_interval=2, negative_lr=3e-3, lr=0.3, samples=24, lambda_rgb=0.3,
-        lambda_opacity=60.0, lambda_smooth=0.005, mesh_faces=12_000,
+        lambda_opacity=60.0, lambda_solid=600.0, lambda_smooth=0.005, mesh_faces=12_000,
     ),
     "mvdream-fast": dict(
         **MVDREAM, steps=1000, gamma=7.5, pref_interval=2, negative_interval=2, grid_size=96, render_size=64,
