@@ -123,11 +123,9 @@ def check_models(config: RunConfig, allow_local: bool) -> None:
     prior, otherwise = config.prior, ", or a hub id like org/name"
     if prior in PRIORS:
         return
-    # diffusers prefers a folder to a hub id of the same spelling: where it exists, the name is a path.
-    exists = os.path.exists(prior)
-    if is_hub_id(prior) and not exists:
+    if is_hub_id(prior):
         return
-    if not (exists or prior.startswith(("/", ".", "~")) or prior.count("/") > 1):
+    if not (os.path.exists(prior) or prior.startswith(("/", ".", "~")) or prior.count("/") > 1):
         raise RequestError(unknown_name("prior", prior, PRIORS, otherwise))
     if not allow_local:
         raise RequestError(
@@ -213,10 +211,13 @@ def told(missing: dict[str, PriorInfo | DecoderInfo | RewardInfo]) -> str:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether `name` is spelled like org/name of the Hugging Face hub; "toybox/..." is ours and never a hub id."""
+    """Whether `name` is spelled like org/name of the Hugging Face hub and is no folder, which diffusers prefers.
+
+    "toybox/..." is ours and never a hub id.
+    """
     barred = ".." in name or "--" in name or name.endswith(".git")  # as huggingface_hub's validate_repo_id says
     spelled = len(name) <= 96 and not barred and HUB_ID.fullmatch(name) is not None
-    return spelled and not name.startswith("toybox/")
+    return spelled and not name.startswith("toybox/") and not os.path.exists(name)
 
 
 def check_image(path: str | Path) -> Float32[np.ndarray, "H W 3"]:

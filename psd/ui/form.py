@@ -213,7 +213,7 @@ def copy_link_js() -> str:
 def known_models(prior: str, reward: str, fast_decoder: bool) -> dict[str, PriorInfo | DecoderInfo | RewardInfo]:
     """The chosen models by name: of a mixture its members, none while it is still being typed."""
     models: dict[str, PriorInfo | DecoderInfo | RewardInfo] = {}
-    if prior in PRIORS or (is_hub_id(prior or "") and not Path(prior).exists()):
+    if prior in PRIORS or is_hub_id(prior or ""):
         models |= models_of(prior, fast_decoder)
     with contextlib.suppress(RequestError):
         models |= {name: REWARDS[name] for name in reward_terms(reward or "")}
