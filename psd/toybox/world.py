@@ -263,7 +263,7 @@ class Scene:
         return tuple(facts)
 
 
-PAIRS = 0.22  # of scenes
+PAIRS = 0.22  # share of scenes with two things, unless another is asked for
 
 
 def is_heldout_scene(scene: Scene) -> bool:
