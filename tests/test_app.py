@@ -277,7 +277,7 @@ def test_a_mixture_is_shown_with_every_members_licence_and_size():
     note = form.model_note("toybox/sd", "hpsv2.1 + 0.5 pickscore")
     for name in ("hpsv2.1", "pickscore"):
         info = REWARDS[name]
-        assert f"**{name}** · {info.about} {info.licence}, {info.download_mb} MB to download." in note
+        assert f"**{name}** · {info.about} Licence: {info.licence}; {info.download_mb} MB to download." in note
     assert form.model_note("toybox/sd", "hpsv2.1 + ") == form.model_note("toybox/sd", "")  # still being typed
 
 

@@ -230,7 +230,7 @@ def model_note(prior: str, reward: str, fast_decoder: bool = False) -> str:
             size = "downloaded"
         else:
             size = f"{info.download_mb} MB to download" if info.download_mb else "to be downloaded"
-        notes.append(f"**{name}** · {info.about} {info.licence}, {size}{gpu_memory(info)}.")
+        notes.append(f"**{name}** · {info.about} Licence: {info.licence}; {size}{gpu_memory(info)}.")
     return "\n\n".join(notes)
 
 
