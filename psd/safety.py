@@ -121,9 +121,7 @@ def check_models(config: RunConfig, allow_local: bool) -> None:
             "choose method psd, or a single reward."
         )
     prior, otherwise = config.prior, ", or a hub id like org/name"
-    if prior in PRIORS:
-        return
-    if is_hub_id(prior):
+    if prior in PRIORS or is_hub_id(prior):
         return
     if not (os.path.exists(prior) or prior.startswith(("/", ".", "~")) or prior.count("/") > 1):
         raise RequestError(unknown_name("prior", prior, PRIORS, otherwise))

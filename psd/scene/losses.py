@@ -1,4 +1,4 @@
-"""Losses of a rendering: pure functions, unweighted; the regularisers as threestudio defines them.
+"""Losses of a rendering: pure functions, unweighted. The regularisers are threestudio's, but for `solid_loss`.
 
 Weights and their schedules are the caller's.
 """
@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-SEEN = 0.1  # contrast with the background; halos stay below it
+SEEN = 0.1  # contrast with the background; all but bright halos stay below it
 
 
 def orientation_loss(

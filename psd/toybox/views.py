@@ -99,7 +99,8 @@ class Groups:
     ):
         self.seed, self.count, self.heldout, self.encode, self.pairs = seed, count, heldout, encode, pairs
         kept = "latents" if encode else "images"
-        self.folder = Path(folder) / f"views-{seed}{'-heldout' if heldout else ''}-{kept}"
+        drawn = f"views-{seed}{'-heldout' if heldout else ''}{'' if pairs == world.PAIRS else f'-pairs-{pairs:g}'}"
+        self.folder = Path(folder) / f"{drawn}-{kept}"
         self.folder.mkdir(parents=True, exist_ok=True)
         chunks = range(-(-count // CHUNK))
         self._draw_missing([c for c in chunks if not self._path(c).exists()])
