@@ -15,8 +15,10 @@ from contextlib import closing
 from pathlib import Path
 
 from psd.config import MAX_SEED, PRESETS, RunConfig
+from psd.errors import RequestError
 from psd.events import Downloading, Finished, Started, Step
-from psd.safety import RequestError, allowed, check_name, check_request, missing_models, told
+from psd.models.needs import missing_models, told
+from psd.safety import allowed, check_name, check_request
 
 EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -163,8 +165,8 @@ def follow(config: RunConfig, output: Path, quiet: bool, allow_download: bool) -
 
 def print_list() -> None:
     """Presets with what they set, then every prior and reward with licence and size."""
-    from psd.priors import PRIORS, gpu_memory
-    from psd.rewards import EXAMPLE, REWARDS
+    from psd.models.priors.table import PRIORS, gpu_memory
+    from psd.models.rewards.table import EXAMPLE, REWARDS
 
     print("presets (--preset)")
     for name, settings in PRESETS.items():

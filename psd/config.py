@@ -37,7 +37,7 @@ class RunConfig:
     negative_prompt: str = setting("", "What to move away from; the learned negative embedding n starts here.")
     mode: str = setting("image", "What to make: a picture, or an object to turn.", choices=("image", "3d"))
     preset: str = setting("toybox-image", "Named settings that everything below starts from.")
-    prior: str = setting("toybox/sd", "Diffusion model: a name of psd.priors.PRIORS, a hub id or a local folder.")
+    prior: str = setting("toybox/sd", "Diffusion model: a known name, a hub id or a local folder.")
     reward: str = setting(
         "toybox/preference",
         "Reward model that ranks the two noised copies (the target), or a weighted mixture: a + 0.5 b.",

@@ -1,4 +1,4 @@
-"""What the method asks of a prior, a decoder and a reward. What answers to these serves: psd.priors, psd.rewards."""
+"""What the method asks of a prior, a decoder and a reward. What answers to these serves: psd.models."""
 
 from __future__ import annotations
 

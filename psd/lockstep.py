@@ -11,8 +11,8 @@ from torch import Tensor
 
 from psd.contracts import Decode, Prior, Reward
 from psd.methods import Guided, Predictions, Score, pick
+from psd.models.rewards.mixture import Mixture
 from psd.negative import NegativeEmbedding, reward_through_negative
-from psd.rewards.mixture import Mixture
 
 
 @torch.no_grad()

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from psd.config import RunConfig
 from psd.contracts import Decode, Prior, Reward
 from psd.export import export_png, to_uint8
+from psd.models.priors.table import prior_info
 from psd.object3d import ObjectArm, ObjectStep, distil_object, start_field, view_scorer
-from psd.priors import Frame, prior_info
-from psd.scene.cameras import Cameras, Rig, orbit_cameras
+from psd.scene.cameras import Cameras, orbit_cameras
 from psd.scene.fields import ConstantBackground, DirectionalBackground
 from psd.scene.mesh import EmptyScene, export_glb, export_obj_zip, export_ply, extract_mesh
 from psd.scene.render import Rendering, render_views
+from psd.scene.rig import Frame, Rig
 from psd.scene.turntable import bytes_of, depth_picture, export_turntable, normal_picture, turntable_frames
 
 SCORED_VIEWS = 12

@@ -22,10 +22,11 @@ from psd.contracts import Decode, Prior, Reward
 from psd.lockstep import eps_of_arms, score_noises, update_negative
 from psd.methods import METHODS, Predictions
 from psd.negative import NegativeEmbedding
-from psd.scene.cameras import Cameras, Rig, camera_embedding, sample_cameras, view_names
+from psd.scene.cameras import Cameras, camera_embedding, sample_cameras, view_names
 from psd.scene.fields import HashField, VoxelField
 from psd.scene.losses import image_loss, opacity_loss, orientation_loss, solid_loss, z_variance_loss
 from psd.scene.render import Occupancy, Rendering, render
+from psd.scene.rig import Rig
 from psd.schedule import NoiseSchedule
 
 BLOB_DENSITY = 10.0  # in the middle of the ball that a field starts from

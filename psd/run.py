@@ -21,17 +21,20 @@ from torch import Tensor
 import psd
 from psd.config import RunConfig
 from psd.contracts import Reward
-from psd.events import Downloading, Finished, Preview, Started, Step
+from psd.errors import RequestError
+from psd.events import Finished, Preview, Started, Step
 from psd.export import export_json, export_metrics
-from psd.hub import download
 from psd.image import ImageStep
 from psd.make_image import MakeImage
 from psd.make_object import MakeObject
+from psd.models.needs import fetch_models
+from psd.models.priors import load_fast_decoder, load_prior
+from psd.models.priors.table import prior_info
+from psd.models.rewards import load_reward
+from psd.models.rewards.mixture import Mixture
+from psd.models.rewards.table import REWARDS, held_out_rewards, reward_terms
 from psd.object3d import ObjectStep
-from psd.priors import load_fast_decoder, load_prior, prior_info
-from psd.rewards import REWARDS, held_out_rewards, load_reward, reward_terms
-from psd.rewards.mixture import Mixture
-from psd.safety import RequestError, check_downloads, check_request, missing_models
+from psd.safety import check_request
 
 log = logging.getLogger(__name__)
 
@@ -100,14 +103,6 @@ def generate(
         if device != "cpu":
             torch.cuda.empty_cache()
     yield finished
-
-
-def fetch_models(config: RunConfig, allow_download: bool = True) -> Iterator[Downloading]:
-    """Download what a run of a checked `config` needs and this machine lacks. Raises RequestError."""
-    check_downloads(config, allow_download)
-    for info in missing_models(config).values():
-        for source in info.sources:
-            yield from download(source)
 
 
 def arms_of(config: RunConfig) -> dict[str, RunConfig]:

@@ -7,24 +7,21 @@ metadata of config.py, the rules between fields stand here. Loads no torch, diff
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import os
-import re
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float32
 from PIL import Image, ImageOps
 
 from psd.config import MAX_PROMPT_CHARS, PRESETS, RunConfig
-
-if TYPE_CHECKING:
-    from psd.priors import DecoderInfo, PriorInfo
-    from psd.rewards import RewardInfo
+from psd.errors import RequestError, shown, unknown_name
+from psd.models.hub import is_hub_id
+from psd.models.priors.table import PRIORS, prior_info
+from psd.models.rewards.table import is_mixture
 
 MAX_IMAGE_SIDE_PX = 4096
 MAX_IMAGE_BYTES = 10 * 2**20
@@ -32,12 +29,7 @@ MAX_IMAGE_STEPS = 1000  # of the noise schedule: more would repeat timesteps
 RANK_NO_PAIRS = ("sds", "negative")  # methods of one noise (psd.methods, which loads torch)
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")  # nothing that reaches Pillow's rarer decoders (EPS calls Ghostscript)
 
-HUB_ID = re.compile(r"[A-Za-z0-9](?:[\w.-]*\w)?/[A-Za-z0-9](?:[\w.-]*\w)?", re.ASCII)
 TYPE_NAMES = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}
-
-
-class RequestError(ValueError):
-    """A request that cannot be served as it stands; the message is one sentence for the person who sent it."""
 
 
 def check_request(config: RunConfig, allow_local: bool = False) -> None:
@@ -111,9 +103,6 @@ def check_models(config: RunConfig, allow_local: bool) -> None:
 
     A reward may also be a mixture, whose members' scales are learned from the pairs that the method ranks.
     """
-    # In the function: the loaders below those two tables import RequestError from here.
-    from psd.priors import PRIORS
-    from psd.rewards import is_mixture
 
     if is_mixture(config.reward) and config.method in RANK_NO_PAIRS:
         raise RequestError(
@@ -139,7 +128,6 @@ def check_models(config: RunConfig, allow_local: bool) -> None:
 
 def check_mode(config: RunConfig) -> None:
     """An object needs a prior that sees several views at once; an image is drawn in its timesteps, not more."""
-    from psd.priors import PRIORS, prior_info
 
     if config.mode == "3d" and prior_info(config.prior).views == 1:
         suited = ", ".join(name for name, info in PRIORS.items() if info.views > 1)
@@ -164,7 +152,6 @@ def check_mode(config: RunConfig) -> None:
 
 def check_fast_decoder(config: RunConfig) -> None:
     """Another model's latents would decode to noise, and a ranking by noise would look like a result."""
-    from psd.priors import PRIORS, prior_info
 
     if config.fast_decoder and prior_info(config.prior).fast_decoder is None:
         suited = ", ".join(name for name, info in PRIORS.items() if info.fast_decoder)
@@ -172,50 +159,6 @@ def check_fast_decoder(config: RunConfig) -> None:
             f"fast_decoder has none for the latents of prior {shown(config.prior)}: switch it off, or choose one of "
             f"{suited}."
         )
-
-
-def missing_models(config: RunConfig) -> dict[str, PriorInfo | DecoderInfo | RewardInfo]:
-    """Models that a run of a checked `config` would have to download first, by name. Uses no network."""
-    from psd.hub import is_cached
-    from psd.priors import models_of
-    from psd.rewards import REWARDS, reward_terms
-
-    models = models_of(config.prior, config.fast_decoder)
-    models |= {name: REWARDS[name] for name in reward_terms(config.reward)}
-    return {name: info for name, info in models.items() if not is_cached(*info.sources)}
-
-
-def check_downloads(config: RunConfig, allow_download: Any) -> None:
-    """Raise RequestError where a run of a checked `config` needs a model that is not on this machine yet.
-
-    Nothing of this size comes unasked: `allow_download`, True and nothing like it, says that somebody read what it is.
-    """
-    from psd.hub import check_online
-
-    missing = missing_models(config)
-    for name in missing:
-        check_online(name)
-    if missing and allow_download is not True:
-        raise RequestError(
-            f"allow_download must be true for a first run with {told(missing)}: allow it if you accept the licence, or "
-            "choose a model that is on this machine."
-        )
-
-
-def told(missing: dict[str, PriorInfo | DecoderInfo | RewardInfo]) -> str:
-    """Models to download with size and licence, for the middle of a sentence."""
-    size = {name: f"{info.download_mb} MB" if info.download_mb else "size unknown" for name, info in missing.items()}
-    return " and ".join(f"{name} ({size[name]}, licence: {info.licence})" for name, info in missing.items())
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether `name` is spelled like org/name of the Hugging Face hub and is no folder, which diffusers prefers.
-
-    "toybox/..." is ours and never a hub id.
-    """
-    barred = ".." in name or "--" in name or name.endswith(".git")  # as huggingface_hub's validate_repo_id says
-    spelled = len(name) <= 96 and not barred and HUB_ID.fullmatch(name) is not None
-    return spelled and not name.startswith("toybox/") and not os.path.exists(name)
 
 
 def check_image(path: str | Path) -> Float32[np.ndarray, "H W 3"]:
@@ -253,14 +196,6 @@ def check_image(path: str | Path) -> Float32[np.ndarray, "H W 3"]:
     return np.asarray(Image.alpha_composite(white, rgba).convert("RGB"), dtype=np.float32) / np.float32(255)
 
 
-def unknown_name(field: str, name: str, known: Iterable[str], otherwise: str = "") -> str:
-    """The sentence about a name that is not in `known`: nearest names first, then all, then what else would do."""
-    known = list(known)
-    nearest = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(nearest)}? Known" if nearest else "known"
-    return f"{field} {shown(name)} is not known; {hint}: {', '.join(known)}{otherwise}."
-
-
 def allowed(field: dataclasses.Field) -> str:
     """What a setting may be, for the end of a sentence: " from 2 to 1000", " (one of ddim, adam)" or nothing."""
     if field.metadata["choices"]:
@@ -268,11 +203,3 @@ def allowed(field: dataclasses.Field) -> str:
     if field.metadata["low"] is not None:
         return f" from {field.metadata['low']:g} to {field.metadata['high']:.10g}"
     return ""
-
-
-def shown(value: object, limit: int = 60) -> str:
-    """`value` as Python writes it, cut to `limit` characters: it came from outside and may be anything."""
-    if isinstance(value, int) and value.bit_length() > 128:  # Python itself refuses to print very long ones
-        return "a whole number of more than 38 digits"
-    text = repr(value[:limit] if isinstance(value, str | bytes) else value)
-    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -1,6 +1,6 @@
 """A process that downloads from the hub of its environment: a line of JSON in is a source, a line out what came of it.
 
-No torch: what fails or succeeds here does so in psd.hub alone.
+No torch: what fails or succeeds here does so in psd.models.hub alone.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import dataclasses
 import json
 import sys
 
-from psd.hub import Source, download, fetched, is_cached
-from psd.safety import RequestError
+from psd.errors import RequestError
+from psd.models.hub import Source, download, fetched, is_cached
 
 for line in sys.stdin:
     request = json.loads(line)

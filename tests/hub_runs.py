@@ -11,7 +11,7 @@ from pathlib import Path
 
 from psd import RunConfig, generate
 from psd.events import Downloading, Finished, Preview
-from psd.safety import missing_models
+from psd.models.needs import missing_models
 from tests.published import shrink
 
 shrink()

@@ -13,8 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
-from psd.priors import PRIORS, TAESD, prior_info
-from psd.rewards import BERT, CLIP_H, CLIP_L, REWARDS, clip_scores, image_reward, mps
+from psd.models.priors.table import PRIORS, TAESD, prior_info
+from psd.models.rewards import clip_scores, image_reward, mps
+from psd.models.rewards.table import BERT, CLIP_H, CLIP_L, REWARDS
 from tests.local_hub import LocalHub
 from tests.test_fast_decoder import make_taesd
 from tests.test_mvdream import make_mvdream_folder

@@ -22,12 +22,11 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError, ValidationError
 from PIL import Image
 
-from psd import files, plots
 from psd.config import MAX_PROMPT_CHARS, RunConfig
+from psd.errors import RequestError
 from psd.events import Started
-from psd.rewards import REWARDS
-from psd.safety import RequestError
-from psd.ui import build_settings, examples, form, parts, session
+from psd.models.rewards.table import REWARDS
+from psd.ui import build_settings, examples, files, form, parts, plots, session
 from tests import app_server
 
 EXAMPLES = Path(examples.EXAMPLES)

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 
 from psd.scene.cameras import (
     Cameras,
-    Rig,
     camera_embedding,
     camera_rays,
     cameras_from_draws,
@@ -22,6 +21,7 @@ from psd.scene.cameras import (
     sample_cameras,
     view_names,
 )
+from psd.scene.rig import Rig
 from psd.toybox.raster import Primitive, Surface, camera_to_world, render
 
 GOLDEN = Path(__file__).parent / "golden" / "mvdream_camera"

@@ -14,10 +14,10 @@ import pytest
 
 from psd.__main__ import main
 from psd.config import PRESETS, RunConfig
+from psd.errors import RequestError
 from psd.events import Finished, Started, Step
-from psd.priors import PRIORS
-from psd.rewards import REWARDS
-from psd.safety import RequestError
+from psd.models.priors.table import PRIORS
+from psd.models.rewards.table import REWARDS
 
 PROMPT = "a red mushroom with a white stem"
 

@@ -10,10 +10,13 @@ import pytest
 import torch
 
 from psd.config import RunConfig
-from psd.hub import Source
+from psd.errors import RequestError
 from psd.make_image import MakeImage
-from psd.priors import PRIORS, TAESD, load_fast_decoder, stable_diffusion
-from psd.safety import RequestError, check_downloads, check_request, missing_models
+from psd.models.hub import Source
+from psd.models.needs import check_downloads, missing_models
+from psd.models.priors import load_fast_decoder, stable_diffusion
+from psd.models.priors.table import PRIORS, TAESD
+from psd.safety import check_request
 from tests.gaussian import ExactPrior
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -38,7 +41,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def only_taesd_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("psd.hub.is_cached", lambda *sources: TAESD.source not in sources)
+    monkeypatch.setattr("psd.models.hub.is_cached", lambda *sources: TAESD.source not in sources)
 
 
 def test_it_decodes_the_unets_own_latents(folder: Path, monkeypatch: pytest.MonkeyPatch):

@@ -13,13 +13,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from psd import hub as psd_hub
 from psd.config import RunConfig
-from psd.hub import DIFFUSERS_FILES, Source, download_trouble
-from psd.priors import PRIORS, PriorInfo
-from psd.rewards import REWARDS
-from psd.safety import RequestError, check_downloads, missing_models
-from psd.weights import readable_errors
+from psd.errors import RequestError
+from psd.models import hub as psd_hub
+from psd.models.hub import DIFFUSERS_FILES, Source, download_trouble
+from psd.models.needs import check_downloads, missing_models
+from psd.models.priors.table import PRIORS, PriorInfo
+from psd.models.rewards.table import REWARDS
+from psd.models.weights import readable_errors
 from tests import local_hub
 from tests.local_hub import GRANTED, LocalHub
 

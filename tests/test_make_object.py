@@ -14,11 +14,13 @@ import torch
 from PIL import Image
 
 from psd import RunConfig, generate
+from psd.errors import RequestError
 from psd.events import Finished, Preview, Started, Step
 from psd.make_object import MakeObject
-from psd.priors import load_prior, prior_info
-from psd.priors.mvdream import MVDreamPrior, start_from
-from psd.safety import RequestError, check_request
+from psd.models.priors import load_prior
+from psd.models.priors.mvdream import MVDreamPrior, start_from
+from psd.models.priors.table import prior_info
+from psd.safety import check_request
 from psd.scene.mesh import read_glb_extras
 from tests.test_priors import make_prior_folder
 

@@ -18,7 +18,7 @@ import torch
 import trimesh
 from PIL import Image
 
-from psd.safety import RequestError
+from psd.errors import RequestError
 from psd.scene import mesh as meshes
 from psd.scene.cameras import Cameras, orbit_cameras
 from psd.scene.fields import ConstantBackground, Field

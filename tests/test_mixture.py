@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from psd import RunConfig, generate, run
+from psd.errors import RequestError
 from psd.events import Finished
-from psd.hub import Source
 from psd.lockstep import score_noises
 from psd.methods import METHODS
-from psd.rewards import REWARDS, held_out_rewards, is_mixture, load_reward, reward_terms
-from psd.rewards.mixture import DECAY, ROUNDING, Mixture
-from psd.safety import RequestError, check_request
+from psd.models.hub import Source
+from psd.models.rewards import load_reward
+from psd.models.rewards.mixture import DECAY, ROUNDING, Mixture
+from psd.models.rewards.table import REWARDS, held_out_rewards, is_mixture, reward_terms
+from psd.safety import check_request
 from tests.test_object3d import ExactPrior
 
 CONFIG = RunConfig.from_preset(
@@ -185,6 +187,12 @@ def test_a_run_with_a_mixture_is_reproducible_and_tells_each_members_score(tmp_p
 # Judges
 
 
+class NoRoom:
+    @staticmethod
+    def load(name: str, info, device: str):
+        raise torch.OutOfMemoryError("no room")
+
+
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch) -> Path:
     """An empty hub cache."""
@@ -219,7 +227,7 @@ def test_judges_are_at_home_in_the_targets_world_and_here_whole(cache: Path):
 
 
 def test_a_published_judge_that_cannot_be_read_is_left_out_and_not_downloaded(cache: Path, monkeypatch, caplog):
-    monkeypatch.setattr("psd.hub.missing_files", lambda source: pytest.fail("the hub was asked"))
+    monkeypatch.setattr("psd.models.hub.missing_files", lambda source: pytest.fail("the hub was asked"))
     for source in REWARDS["hpsv2.1"].sources:
         put(cache, source)
     monkeypatch.setitem(REWARDS, "pickscore", replace(REWARDS["toybox/preference"], download_mb=1))
@@ -228,12 +236,9 @@ def test_a_published_judge_that_cannot_be_read_is_left_out_and_not_downloaded(ca
 
 
 def test_a_judge_that_finds_no_room_is_left_out(cache: Path, monkeypatch, caplog):
-    def load(name: str, info, device: str):
-        raise torch.OutOfMemoryError("no room")
-
     here = replace(REWARDS["toybox/preference"], download_mb=1)
     monkeypatch.setitem(REWARDS, "pickscore", here)
-    monkeypatch.setitem(REWARDS, "mps", replace(here, source=Source("toybox/large"), load=load))
+    monkeypatch.setitem(REWARDS, "mps", replace(here, source=Source("toybox/large"), model=f"{__name__}:NoRoom"))
     assert list(run.load_rewards("pickscore", "cpu")) == ["pickscore"]
     assert "held-out judge is left out: no room" in caplog.text
 

@@ -12,13 +12,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from psd.errors import RequestError
 from psd.guidance import cfg
-from psd.hub import Source
-from psd.priors import PriorInfo
-from psd.priors import mvdream as mv
-from psd.priors.mvdream import MVDreamPrior, convert_key, ldm_unet_state, multi_view, predict, start_from, unet_config
-from psd.safety import RequestError
-from psd.weights import readable_errors
+from psd.models.hub import Source
+from psd.models.priors import mvdream as mv
+from psd.models.priors.mvdream import (
+    MVDreamPrior,
+    convert_key,
+    ldm_unet_state,
+    multi_view,
+    predict,
+    start_from,
+    unet_config,
+)
+from psd.models.priors.table import PriorInfo
+from psd.models.weights import readable_errors
 from tests.test_priors import make_prior_folder, make_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden" / "mvdream_unet"

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from psd.config import RunConfig
 from psd.object3d import ObjectArm, ObjectStep, anneal_timestep, distil_object, start_field, view_scorer
-from psd.scene.cameras import Rig, orbit_cameras
+from psd.scene.cameras import orbit_cameras
 from psd.scene.fields import ConstantBackground, DirectionalBackground
 from psd.scene.losses import SEEN
 from psd.scene.render import Rendering, render
+from psd.scene.rig import Rig
 from tests import gaussian
 
 SIDE = 8

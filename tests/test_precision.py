@@ -15,9 +15,10 @@ from torch import Tensor
 from psd.config import RunConfig
 from psd.make_image import MakeImage
 from psd.make_object import MakeObject
-from psd.priors import prior_info, stable_diffusion
-from psd.priors.mvdream import MVDreamPrior, start_from
-from psd.priors.stable_diffusion import StableDiffusionPrior, compute_dtype, vae_dtype
+from psd.models.priors import stable_diffusion
+from psd.models.priors.mvdream import MVDreamPrior, start_from
+from psd.models.priors.stable_diffusion import StableDiffusionPrior, compute_dtype, vae_dtype
+from psd.models.priors.table import prior_info
 from tests.test_priors import make_prior_folder
 
 HALF = [torch.float16, torch.bfloat16]

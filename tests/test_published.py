@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from psd.priors import PRIORS, TAESD
-from psd.rewards import REWARDS
+from psd.models.priors.table import PRIORS, TAESD
+from psd.models.rewards.table import REWARDS
 from tests import local_hub
 from tests.local_hub import LocalHub
 from tests.published import TYPED

@@ -11,22 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from psd import rewards
-from psd.hub import Source
-from psd.rewards import (
-    CLIP_H,
-    REWARDS,
-    RewardInfo,
-    aesthetic,
-    clip_scores,
-    image_reward,
-    load_attributes,
-    load_reward,
-    mps,
-)
-from psd.rewards.preprocess import CLIP_MEAN, CLIP_STD, bicubic, longest_side, normalise, shorter_side
-from psd.safety import RequestError
-from psd.weights import use_tf32
+from psd.errors import RequestError
+from psd.models import rewards
+from psd.models.hub import Source
+from psd.models.rewards import aesthetic, clip_scores, image_reward, load_reward, mps, table
+from psd.models.rewards.preprocess import CLIP_MEAN, CLIP_STD, bicubic, longest_side, normalise, shorter_side
+from psd.models.rewards.table import CLIP_H, REWARDS, RewardInfo
+from psd.models.weights import use_tf32
+from psd.toybox.classifier import load_attributes
 
 GOLDEN = Path(__file__).parent / "golden"
 GREY_LEVEL = 1 / 255 / min(CLIP_STD)  # of a normalised image
@@ -71,8 +63,11 @@ def bert_tokenizer(size: int):
     return BertTokenizer(vocab={token: i for i, token in enumerate(tokens)})
 
 
-def register(monkeypatch, name: str, load, source: Path, **more) -> None:
-    monkeypatch.setitem(REWARDS, name, RewardInfo(Source(str(source)), "Apache-2.0", 0, load, "test", **more))
+HPS = "psd.models.rewards.clip_scores:HPSv2Reward"
+
+
+def register(monkeypatch, name: str, model: str, source: Path, **more) -> None:
+    monkeypatch.setitem(REWARDS, name, RewardInfo(Source(str(source)), "Apache-2.0", 0, model, "test", **more))
 
 
 # Preprocessing
@@ -145,7 +140,7 @@ def hpsv2(tmp_path, monkeypatch):
     monkeypatch.setattr(clip_scores, "VIT_H_14", tiny_vit_h_14())
     torch.save({"state_dict": weights}, tmp_path / clip_scores.HPSV2_FILE)
     clip_tokenizer(99, 77).save_pretrained(tmp_path)
-    register(monkeypatch, "tiny-hps", rewards.load_hpsv2, tmp_path, tokenizer=Source(str(tmp_path)))
+    register(monkeypatch, "tiny-hps", HPS, tmp_path, tokenizer=Source(str(tmp_path)))
     return load_reward("tiny-hps")
 
 
@@ -184,7 +179,13 @@ def test_a_checkpoint_with_other_parameters_is_refused(hpsv2, tmp_path, monkeypa
         else:
             changed[name] = change
         torch.save({"state_dict": changed}, folder / clip_scores.HPSV2_FILE)
-        register(monkeypatch, "other-hps", rewards.load_hpsv2, folder, tokenizer=Source(str(folder)))
+        register(
+            monkeypatch,
+            "other-hps",
+            "psd.models.rewards.clip_scores:HPSv2Reward",
+            folder,
+            tokenizer=Source(str(folder)),
+        )
         with pytest.raises(RequestError, match="'other-hps' are incomplete or damaged"):
             load_reward("other-hps")
 
@@ -201,7 +202,7 @@ def pickscore(tmp_path, monkeypatch):
     (folder / "config.json").write_text(json.dumps({"model_type": "clip", **about["hf_config"]}))
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     clip_tokenizer(99, 16).save_pretrained(folder)
-    register(monkeypatch, "tiny-pick", rewards.load_clip, folder)
+    register(monkeypatch, "tiny-pick", table.CLIP, folder)
     return load_reward("tiny-pick")
 
 
@@ -263,7 +264,7 @@ def test_a_prompts_text_is_encoded_once_and_serves_autograd_after_inference_mode
 def test_a_folders_own_mean_and_std_are_used(pickscore, tmp_path, monkeypatch):
     folder = shutil.copytree(tmp_path / "pickscore", tmp_path / "half")
     (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.25] * 3}))
-    register(monkeypatch, "half", rewards.load_clip, folder)
+    register(monkeypatch, "half", table.CLIP, folder)
     images = torch.rand(1, 3, 32, 32)
     torch.testing.assert_close(load_reward("half").pixels(images), (images - 0.5) / 0.25)
     torch.testing.assert_close(pickscore.pixels(images), (images - clip_mean) / clip_std)
@@ -314,7 +315,7 @@ def tiny_image_reward(tmp_path, monkeypatch):
     torch.save(weights, tmp_path / image_reward.IMAGE_REWARD_FILE)
     bert_tokenizer(128).save_pretrained(tmp_path / "bert")  # [DEC] and [ENC] make 130
     source = Source(str(tmp_path / "bert"))
-    register(monkeypatch, "tiny-ir", rewards.load_image_reward, tmp_path, tokenizer=source)
+    register(monkeypatch, "tiny-ir", "psd.models.rewards.image_reward:PublishedImageReward", tmp_path, tokenizer=source)
     return load_reward("tiny-ir")
 
 
@@ -367,7 +368,7 @@ def judge_folder(tmp_path_factory) -> Path:
 
 
 def test_a_judge_folder_loads_and_scores(judge_folder, monkeypatch):
-    register(monkeypatch, "judge", rewards.load_judge, judge_folder)
+    register(monkeypatch, "judge", table.BLIP, judge_folder)
     judge = load_reward("judge")
     assert load_reward("judge") is judge
     images = torch.rand(2, 3, 32, 32, requires_grad=True)
@@ -401,7 +402,7 @@ def test_a_missing_or_damaged_judge_file_is_one_sentence_without_paths(file, jud
     for damage in (Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-20])):
         folder = shutil.copytree(judge_folder, tmp_path / damage.__name__)
         damage(folder / file)
-        register(monkeypatch, "broken-judge", rewards.load_judge, folder)
+        register(monkeypatch, "broken-judge", table.BLIP, folder)
         with pytest.raises(RequestError) as refusal:
             load_reward("broken-judge")
         sentence = str(refusal.value)
@@ -596,14 +597,14 @@ def test_attribute_classifier_gives_log_probabilities_per_group(tmp_path):
 def test_unknown_and_missing_rewards_are_refused(monkeypatch):
     with pytest.raises(RequestError, match=r"reward 'clipscore' is not known; did you mean pickscore\? Known: toybox"):
         load_reward("clipscore")
-    register(monkeypatch, "gone", rewards.load_clip, Path("toybox/no-such-folder"))
+    register(monkeypatch, "gone", table.CLIP, Path("toybox/no-such-folder"))
     with pytest.raises(RequestError, match="folder of 'gone' is missing"):
         load_reward("gone")
 
 
 def test_published_rewards_are_pinned_to_a_commit():
     for info in REWARDS.values():
-        pinned = len(info.source.revision) == 40 or info.load is rewards.load_mps
+        pinned = len(info.source.revision) == 40 or info.model == "psd.models.rewards.mps:MPSReward"
         assert info.source.is_folder or (pinned and info.download_mb > 0)
         for part in (info.tokenizer, info.encoder):
             assert part is None or len(part.revision) == 40

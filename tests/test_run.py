@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 
 from psd import RunConfig, generate
+from psd.errors import RequestError
 from psd.events import Finished, Preview, Started, Step
 from psd.export import PNG_KEY
-from psd.priors import load_prior
-from psd.safety import RequestError
+from psd.models.priors import load_prior
 
 CONFIG = RunConfig.from_preset(prompt="a red mushroom with a white stem", steps=6, seed=3)
 

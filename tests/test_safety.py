@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 from psd.config import MAX_PROMPT_CHARS, PRESETS, RunConfig
-from psd.safety import MAX_IMAGE_SIDE_PX, RequestError, check_image, check_request, shown
+from psd.errors import RequestError, shown
+from psd.safety import MAX_IMAGE_SIDE_PX, check_image, check_request
 
 FIELDS = {field.name: field for field in dataclasses.fields(RunConfig)}
 BOUNDED = [name for name, field in FIELDS.items() if field.metadata["low"] is not None]

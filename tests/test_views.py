@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from psd.hub import Source
-from psd.priors import TOYBOX_FRAME, load_prior
-from psd.priors.mvdream import MVDreamPrior, predict, start_from
-from psd.rewards import load_attributes
-from psd.rewards.attributes import AttributeClassifier
+from psd.models.hub import Source
+from psd.models.priors import load_prior
+from psd.models.priors.mvdream import MVDreamPrior, predict, start_from
+from psd.models.priors.table import TOYBOX_FRAME
 from psd.scene.cameras import camera_embedding, look_at, sample_cameras
 from psd.toybox import evaluate_mvdream, raster, train, train_mvdream, views, world
+from psd.toybox.classifier import AttributeClassifier, load_attributes
 from psd.toybox.dataset import example
 from psd.toybox.facts import GROUPS, labels
 from psd.toybox.models import make_scheduler

@@ -22,13 +22,13 @@ from psd.config import RunConfig
 from psd.contracts import Decode
 from psd.make_image import MakeImage
 from psd.make_object import MakeObject
-from psd.priors.ldm import unet_config
-from psd.priors.mvdream import MVDreamPrior, multi_view
-from psd.priors.stable_diffusion import StableDiffusionPrior, compute_dtype, decode, vae_dtype
-from psd.rewards.clip_scores import VIT_H_14, HPSv2Reward
-from psd.rewards.preprocess import CLIP_MEAN, CLIP_STD
+from psd.models.priors.ldm import unet_config
+from psd.models.priors.mvdream import MVDreamPrior, multi_view
+from psd.models.priors.stable_diffusion import StableDiffusionPrior, compute_dtype, decode, vae_dtype
+from psd.models.rewards.clip_scores import VIT_H_14, HPSv2Reward
+from psd.models.rewards.preprocess import CLIP_MEAN, CLIP_STD
+from psd.models.weights import use_tf32
 from psd.run import MODES
-from psd.weights import use_tf32
 
 PROMPT = "a red mushroom with a white stem"
 PRESETS = {"image": "sd15-paper", "3d": "mvdream-fast"}

@@ -14,8 +14,8 @@ from torch import Tensor
 from psd.bench.paired import Column, Job, Pictures
 from psd.config import RunConfig
 from psd.image import distil_image, scorer
-from psd.priors import load_prior
-from psd.rewards import load_reward
+from psd.models.priors import load_prior
+from psd.models.rewards import load_reward
 from psd.toybox import world
 from psd.toybox.evaluate import facts_of
 

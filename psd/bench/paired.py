@@ -22,7 +22,7 @@ from torch import Tensor
 
 from psd.config import RunConfig
 from psd.export import PNG_KEY, export_png, to_uint8
-from psd.rewards import load_reward
+from psd.models.rewards import load_reward
 from psd.toybox import world
 from psd.toybox.pairs import to_pixels
 from psd.toybox.pictures import sheet

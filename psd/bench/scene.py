@@ -20,13 +20,14 @@ from torch import Tensor
 from psd.bench.paired import Column, Job, Pictures
 from psd.config import RunConfig
 from psd.events import Preview
-from psd.hub import Source
 from psd.make_object import MakeObject
-from psd.priors import load_prior
-from psd.rewards import load_attributes, load_reward
+from psd.models.hub import Source
+from psd.models.priors import load_prior
+from psd.models.rewards import load_reward
 from psd.run import generate
 from psd.scene.cameras import Cameras
 from psd.toybox import world
+from psd.toybox.classifier import load_attributes
 from psd.toybox.facts import GROUPS, check_facts, kind_right, read_facts
 from psd.toybox.pairs import to_pixels
 from psd.toybox.raster import render

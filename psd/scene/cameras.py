@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from psd.scene.rig import Rig
+
 
 @dataclass(frozen=True, eq=False)
 class Cameras:
@@ -57,26 +59,6 @@ class Cameras:
             self.azimuth_deg.to(device),
             self.distance.to(device),
         )
-
-
-@dataclass(frozen=True)
-class Rig:
-    """What random cameras are drawn from; the default is MVDream's training rig.
-
-    `distance` is a multiple of 1 / tan(fovy/2), so that the object fills the same part of every picture: at 1 the unit
-    disc through the origin touches the upper and lower edge. Raises ValueError on ranges that are no ranges.
-    """
-
-    fovy_deg: tuple[float, float] = (15.0, 60.0)
-    distance: tuple[float, float] = (0.8, 1.0)
-    elevation_deg: tuple[float, float] = (0.0, 30.0)
-
-    def __post_init__(self) -> None:
-        limits = {"fovy_deg": (0, 180), "distance": (0, float("inf")), "elevation_deg": (-90, 90)}
-        for name, (least, most) in limits.items():
-            low, high = getattr(self, name)
-            if not least <= low <= high <= most:
-                raise ValueError(f"{name} must be a range within [{least}, {most}], not ({low}, {high})")
 
 
 def look_at(

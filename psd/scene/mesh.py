@@ -21,8 +21,8 @@ import torch
 from jaxtyping import Float, Float32, Int, Int32, UInt8
 from PIL import Image
 
+from psd.errors import RequestError
 from psd.export import write_file
-from psd.safety import RequestError
 from psd.scene.fields import Field
 
 CHUNK = 2**17  # points per call of the field: what bounds the memory of a hash grid

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from psd.priors import load_prior
-from psd.rewards import load_attributes, load_reward
+from psd.models.priors import load_prior
+from psd.models.rewards import load_reward
 from psd.toybox import world
+from psd.toybox.classifier import load_attributes
 from psd.toybox.dataset import Renders
 from psd.toybox.facts import check_facts, kind_right, read_facts
 from psd.toybox.pairs import broken_latents, clean_examples, ranked_batch, to_pixels

@@ -17,13 +17,12 @@ from torch import Tensor
 
 from psd.export import to_uint8
 from psd.guidance import cfg
-from psd.hub import Source
-from psd.priors import load_prior
-from psd.priors.mvdream import MVDreamPrior
-from psd.rewards import load_attributes
-from psd.rewards.attributes import AttributeClassifier
+from psd.models.hub import Source
+from psd.models.priors import load_prior
+from psd.models.priors.mvdream import MVDreamPrior
 from psd.scene.cameras import Cameras, camera_embedding
 from psd.toybox import world
+from psd.toybox.classifier import AttributeClassifier, load_attributes
 from psd.toybox.evaluate import HELDOUT_SEED, facts_shares
 from psd.toybox.facts import check_facts, read_facts
 from psd.toybox.models import make_scheduler

@@ -226,7 +226,7 @@ def halved(model: nn.Module) -> dict[str, Tensor]:
 
 def save_preprocessor(folder: Path) -> None:
     """What the published CLIP models carry; the rewards read the mean and the standard deviation."""
-    from psd.rewards.preprocess import CLIP_MEAN, CLIP_STD
+    from psd.models.rewards.preprocess import CLIP_MEAN, CLIP_STD
 
     size = {
         "do_resize": True,

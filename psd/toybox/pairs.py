@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from psd.rewards.preprocess import CLIP_MEAN, CLIP_STD
+from psd.models.rewards.preprocess import CLIP_MEAN, CLIP_STD
 from psd.toybox import world
 from psd.toybox.dataset import Renders, degrade
 from psd.toybox.facts import labels

@@ -21,12 +21,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from psd.priors import load_prior
-from psd.priors.mvdream import predict, start_from
-from psd.priors.stable_diffusion import StableDiffusionPrior
-from psd.rewards import load_attributes
+from psd.models.priors import load_prior
+from psd.models.priors.mvdream import predict, start_from
+from psd.models.priors.stable_diffusion import StableDiffusionPrior
 from psd.scene.cameras import camera_embedding, sample_cameras
 from psd.toybox import models, train, world
+from psd.toybox.classifier import load_attributes
 from psd.toybox.dataset import Example, example
 from psd.toybox.facts import GROUPS, labels
 from psd.toybox.pairs import normalise, to_pixels

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor
 
-from psd.scene.cameras import Rig
+from psd.scene.rig import Rig
 from psd.toybox import world
 from psd.toybox.dataset import IMAGE_SIZE, Example, degrade, example
 from psd.toybox.facts import GROUPS

@@ -15,11 +15,12 @@ import gradio as gr
 import spaces
 
 from psd.config import MAX_SEED, PRESETS, RunConfig, presets_of
+from psd.errors import RequestError
 from psd.events import ARMS
 from psd.make_object import TURNTABLE_FRAMES
-from psd.priors import PRIORS
-from psd.rewards import EXAMPLE, REWARDS
-from psd.safety import RequestError, check_downloads
+from psd.models.needs import check_downloads
+from psd.models.priors.table import PRIORS
+from psd.models.rewards.table import EXAMPLE, REWARDS
 from psd.scene.turntable import read_frame
 from psd.ui import api, examples, parts
 from psd.ui.api import named

@@ -17,9 +17,11 @@ import numpy as np
 import spaces
 import torch
 
+from psd.errors import RequestError
 from psd.events import ARMS
-from psd.rewards import load_reward
-from psd.safety import RequestError, check_downloads, check_image, check_text
+from psd.models.needs import check_downloads
+from psd.models.rewards import load_reward
+from psd.safety import check_image, check_text
 from psd.ui.form import ALLOW_DOWNLOAD_HELP, FIELDS, NAMES, checked, help_line
 from psd.ui.session import View, clear_errors, embedded_rewards, gpu_seconds, load_result, watch
 

@@ -17,10 +17,12 @@ import gradio as gr
 from PIL import Image
 
 from psd.config import MAX_PROMPT_CHARS, PRESETS, RunConfig
-from psd.hub import is_cached
-from psd.priors import PRIORS, DecoderInfo, PriorInfo, gpu_memory, models_of
-from psd.rewards import REWARDS, RewardInfo, reward_terms
-from psd.safety import RequestError, check_name, check_request, is_hub_id
+from psd.errors import RequestError
+from psd.models.hub import is_cached, is_hub_id
+from psd.models.needs import models_of
+from psd.models.priors.table import PRIORS, DecoderInfo, PriorInfo, gpu_memory
+from psd.models.rewards.table import REWARDS, RewardInfo, reward_terms
+from psd.safety import check_name, check_request
 from psd.scene.mesh import read_glb_extras
 
 FIELDS = {field.name: field for field in dataclasses.fields(RunConfig)}

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from psd.config import PRESETS, RunConfig
-from psd.plots import Series, line_chart
-from psd.priors import PRIORS
-from psd.rewards import REWARDS, reward_terms
-from psd.safety import RequestError
+from psd.errors import RequestError
+from psd.models.priors.table import PRIORS
+from psd.models.rewards.table import REWARDS, reward_terms
 from psd.ui.form import ALLOW_DOWNLOAD_HELP, FIELDS, help_line
+from psd.ui.plots import Series, line_chart
 from psd.ui.session import View
 
 PAPER = "https://arxiv.org/abs/2603.01594"

@@ -22,13 +22,15 @@ import gradio as gr
 import torch
 from PIL import Image
 
-from psd import files
 from psd.config import RunConfig
+from psd.errors import RequestError
 from psd.events import ARMS, Downloading, Finished, Preview, Started, Step
-from psd.priors import load_prior
-from psd.rewards import REWARDS, load_reward
-from psd.run import BUDGET_SHARE, MODES, fetch_models, generate
-from psd.safety import RequestError, missing_models
+from psd.models.needs import fetch_models, missing_models
+from psd.models.priors import load_prior
+from psd.models.rewards import load_reward
+from psd.models.rewards.table import REWARDS
+from psd.run import BUDGET_SHARE, MODES, generate
+from psd.ui import files
 
 log = logging.getLogger(__name__)
 

@@ -17,15 +17,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from psd.hub import Source
-from psd.safety import RequestError
-from psd.weights import check_vocabulary, pretrained, token_count, tokenize
+from psd.errors import RequestError
+from psd.models.hub import Source
+from psd.models.weights import check_vocabulary, pretrained, token_count, tokenize
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 
     from psd.contracts import Decode
-    from psd.priors import PriorInfo
+    from psd.models.priors.table import PriorInfo
 
 PREDICTIONS = ("epsilon", "v_prediction")
 PIXELS_AT_ONCE = 512 * 512  # that a VAE sees: an image of 512 px alone fills a GPU, and a batch only takes memory

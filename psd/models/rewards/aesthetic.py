@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from psd.rewards.image_reward import linear_head
-from psd.rewards.preprocess import load_mean_std, normalise, shorter_side
-from psd.weights import pretrained
+from psd.models.rewards.image_reward import linear_head
+from psd.models.rewards.preprocess import load_mean_std, normalise, shorter_side
+from psd.models.weights import pretrained
 
 if TYPE_CHECKING:
-    from psd.rewards import RewardInfo
+    from psd.models.rewards.table import RewardInfo
 
 AESTHETIC_FILE = "aesthetic-model.pth"  # sac+logos+ava1-l14-linearMSE.pth, renamed
 

@@ -1,6 +1,6 @@
 """Configuration and parameter names of MVDream's published UNet (LDM's), as diffusers' UNet2DConditionModel has them.
 
-Pure tables and strings; what reads files and builds models is psd.priors.mvdream.
+Pure tables and strings; what reads files and builds models is psd.models.priors.mvdream.
 """
 
 from __future__ import annotations

@@ -13,12 +13,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from psd.hub import Source
-from psd.rewards.preprocess import load_mean_std, normalise, shorter_side
-from psd.weights import check_vocabulary, from_state_dict, pretrained, tokenize
+from psd.models.hub import Source
+from psd.models.rewards.preprocess import load_mean_std, normalise, shorter_side
+from psd.models.weights import check_vocabulary, from_state_dict, pretrained, tokenize
 
 if TYPE_CHECKING:
-    from psd.rewards import RewardInfo
+    from psd.models.rewards.table import RewardInfo
 
 IMAGE_REWARD_FILE = "ImageReward.pt"
 IMAGE_REWARD = dict(mean=0.16717362830052426, std=1.0333394966054072, max_length=35)
@@ -64,21 +64,6 @@ class ImageRewardModel:
         statistics = (settings["mean"], settings["std"], settings["max_length"])
         return cls(name, info.licence, *parts, tokenizer, *statistics, *load_mean_std(source, device))
 
-    @classmethod
-    def load_published(cls, name: str, info: RewardInfo, device: str) -> ImageRewardModel:
-        """From the authors' checkpoint, read without unpickling code."""
-        from transformers import AutoTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
-
-        checkpoint = torch.load(info.source.file(IMAGE_REWARD_FILE), map_location="cpu", weights_only=True)
-        weights = image_reward_to_transformers(checkpoint)
-        vision = from_state_dict(BlipVisionModel, BlipVisionConfig(**VIT_L_16), weights["vision"])
-        text = from_state_dict(BlipTextModel, BlipTextConfig(**BERT_BASE), weights["text"], add_pooling_layer=False)
-        tokenizer = AutoTokenizer.from_pretrained(info.tokenizer.path, **info.tokenizer.where)
-        tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)  # BLIP's two; a prompt never holds them
-        parts = [part.to(device) for part in (vision, text, linear_head(weights["head"]))]
-        statistics = (IMAGE_REWARD["mean"], IMAGE_REWARD["std"], IMAGE_REWARD["max_length"])
-        return cls(name, info.licence, *parts, tokenizer, *statistics, *load_mean_std(info.source, device))
-
     def __call__(self, images: Float[Tensor, "B 3 H W"], prompts: list[str]) -> Float[Tensor, " B"]:
         """Scores of images in [0, 1], image i under prompt i; prompts are cut to max_length tokens."""
         if len(prompts) != len(images):
@@ -94,6 +79,25 @@ class ImageRewardModel:
         image_embeds = self.vision(pixels).last_hidden_state
         fused = self.text(input_ids, attention_mask=attention_mask, encoder_hidden_states=image_embeds)
         return (self.head(fused.last_hidden_state[:, 0]).squeeze(-1) - self.mean) / self.std
+
+
+class PublishedImageReward(ImageRewardModel):
+    """ImageReward itself."""
+
+    @classmethod
+    def load(cls, name: str, info: RewardInfo, device: str) -> ImageRewardModel:
+        """From the authors' checkpoint, read without unpickling code."""
+        from transformers import AutoTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
+
+        checkpoint = torch.load(info.source.file(IMAGE_REWARD_FILE), map_location="cpu", weights_only=True)
+        weights = image_reward_to_transformers(checkpoint)
+        vision = from_state_dict(BlipVisionModel, BlipVisionConfig(**VIT_L_16), weights["vision"])
+        text = from_state_dict(BlipTextModel, BlipTextConfig(**BERT_BASE), weights["text"], add_pooling_layer=False)
+        tokenizer = AutoTokenizer.from_pretrained(info.tokenizer.path, **info.tokenizer.where)
+        tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)  # BLIP's two; a prompt never holds them
+        parts = [part.to(device) for part in (vision, text, linear_head(weights["head"]))]
+        statistics = (IMAGE_REWARD["mean"], IMAGE_REWARD["std"], IMAGE_REWARD["max_length"])
+        return cls(name, info.licence, *parts, tokenizer, *statistics, *load_mean_std(info.source, device))
 
 
 def linear_head(weights: dict[str, Tensor]) -> nn.Sequential:

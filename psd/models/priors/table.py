@@ -1,43 +1,21 @@
-"""Diffusion models to distil from: the table PRIORS and `load_prior`.
+"""Diffusion models to distil from, by name: the table PRIORS. Loads no torch.
 
-Reading the table imports no torch; the models are in stable_diffusion.py.
+To add one: a class that answers psd.contracts.Prior, and a row here that names it.
 """
 
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from psd.hub import DIFFUSERS_FILES, Source, fetched
-from psd.priors.ldm import is_multi_view
-from psd.safety import RequestError, is_hub_id
-from psd.weights import load_once, readable_errors
+from psd.errors import RequestError
+from psd.models.hub import DIFFUSERS_FILES, Source, fetched, is_hub_id
+from psd.models.priors.ldm import is_multi_view
+from psd.scene.rig import Frame
 
-if TYPE_CHECKING:
-    from psd.contracts import Decode
-    from psd.priors.stable_diffusion import StableDiffusionPrior
-
-KEEP_LOADED = 3  # models; what was used last stays
-
-
-@dataclass(frozen=True)
-class Frame:
-    """How a multi-view prior's training pictures were taken; the defaults are MVDream's. See psd.scene.cameras.Rig."""
-
-    radius: float = 1.0  # half the side of the box that holds the object
-    fovy_deg: tuple[float, float] = (15.0, 60.0)
-    distance: tuple[float, float] = (0.8, 1.0)  # times 1 / tan(fovy / 2)
-    elevation_deg: tuple[float, float] = (0.0, 30.0)
-    background: tuple[float, float, float] | None = None  # its one colour; None: of many colours, so it is learned
-    portrait_distance: float = 3.0
-
-    @property
-    def portrait(self) -> dict[str, float]:
-        """Arguments of orbit_cameras for pictures of the result."""
-        return {"elevation_deg": 15.0, "fovy_deg": 40.0, "distance": self.portrait_distance}
+SINGLE_VIEW = "psd.models.priors.stable_diffusion:StableDiffusionPrior"
+MULTI_VIEW = "psd.models.priors.mvdream:MVDreamPrior"
 
 
 @dataclass(frozen=True)
@@ -71,6 +49,7 @@ class PriorInfo:
     views: int = 1  # pictures of one object that it sees at once: 4 makes it a prior of the 3D mode
     parts: Source | None = None  # where text encoder, VAE and scheduler are, if not beside the UNet
     frame: Frame = field(default_factory=Frame)  # of views > 1
+    model: str = SINGLE_VIEW  # "module:class" of what answers `load(name, info, device)`, resolved when it is loaded
     gpu_gb: int = 0  # 0: a CPU is enough, or the model is not known
     fast_decoder: DecoderInfo | None = None  # of the same latents
 
@@ -105,7 +84,7 @@ PRIORS: dict[str, PriorInfo] = {
     ),
     "toybox/mvdream": PriorInfo(
         Source("toybox/mvdream"), "Apache-2.0", 0, "MVDream in small: four views at once of the toybox's objects.",
-        views=4, parts=Source("toybox/sd"), frame=TOYBOX_FRAME,
+        views=4, model=MULTI_VIEW, parts=Source("toybox/sd"), frame=TOYBOX_FRAME,
     ),
     "stable-diffusion-v1-5/stable-diffusion-v1-5": PriorInfo(
         Source(
@@ -122,12 +101,10 @@ PRIORS: dict[str, PriorInfo] = {
     ),
     "ashawkey/mvdream-sd2.1-diffusers": PriorInfo(
         Source("ashawkey/mvdream-sd2.1-diffusers", "503bb19fc2b2bc542c2afdb7d73ac87a7cbc2253", DIFFUSERS_FILES),
-        "OpenRAIL-M", 2580, "MVDream, 4 views of 256 px: the paper's 3D prior.", views=4, gpu_gb=16, fast_decoder=TAESD,
+        "OpenRAIL-M", 2580, "MVDream, 4 views of 256 px: the paper's 3D prior.", views=4, model=MULTI_VIEW,
+        gpu_gb=16, fast_decoder=TAESD,
     ),
 }  # fmt: skip
-
-_loaded: OrderedDict = OrderedDict()
-_loaded_decoders: OrderedDict = OrderedDict()
 
 
 def prior_info(name: str) -> PriorInfo:
@@ -136,20 +113,13 @@ def prior_info(name: str) -> PriorInfo:
         return PRIORS[name]
     folder = Path(name).expanduser()
     if folder.is_dir():
-        views = 4 if has_cameras(folder) else 1
+        views, model = (4, MULTI_VIEW) if has_cameras(folder) else (1, SINGLE_VIEW)
         source, licence = Source(str(folder.resolve())), "see the folder's model card"
-        return PriorInfo(source, licence, 0, "A local diffusers folder.", views)
+        return PriorInfo(source, licence, 0, "A local diffusers folder.", views, model=model)
     if is_hub_id(name):
         source, licence = Source(name, "main", DIFFUSERS_FILES), "see the model card on the hub"
         return PriorInfo(source, licence, 0, "A hub repository, size unknown.")
     raise RequestError(f"There is no prior '{folder.name}': choose one of {', '.join(PRIORS)}.")
-
-
-def models_of(prior: str, fast_decoder: bool) -> dict[str, PriorInfo | DecoderInfo]:
-    """The prior and, where asked and there is one for its latents, its small decoder, by name. Raises RequestError."""
-    info = prior_info(prior)
-    decoder = info.fast_decoder if fast_decoder else None
-    return {prior: info} | ({decoder.source.name: decoder} if decoder else {})
 
 
 def gpu_memory(info: object) -> str:
@@ -164,30 +134,3 @@ def has_cameras(folder: Path) -> bool:
         return is_multi_view(json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, AttributeError):
         return False
-
-
-def load_prior(name: str, device: str = "cpu") -> StableDiffusionPrior:
-    """The prior of this name, hub id or folder on `device`, loaded once per process. Raises RequestError."""
-    info = prior_info(name)
-
-    def load() -> StableDiffusionPrior:
-        from psd.priors.mvdream import MVDreamPrior
-        from psd.priors.stable_diffusion import StableDiffusionPrior
-
-        shown = name if name in PRIORS or not info.source.is_folder else Path(info.source.path).name
-        with readable_errors(shown, *info.sources):
-            return (MVDreamPrior if info.views > 1 else StableDiffusionPrior).load(shown, info.fetched(), device)
-
-    return load_once(_loaded, (info.source, info.parts, info.views, str(device)), load, KEEP_LOADED)
-
-
-def load_fast_decoder(info: DecoderInfo, device: str = "cpu") -> Decode:
-    """The small decoder of this row on `device`, loaded once per process. Raises RequestError."""
-
-    def load() -> Decode:
-        from psd.priors.stable_diffusion import load_tiny_decoder
-
-        with readable_errors(info.source.name, info.source):
-            return load_tiny_decoder(fetched(info.source), device)
-
-    return load_once(_loaded_decoders, (info.source, str(device)), load, KEEP_LOADED)

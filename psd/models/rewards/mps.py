@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from psd.rewards.clip_scores import VIT_H_14, CLIPReward
-from psd.rewards.preprocess import load_mean_std
-from psd.weights import from_state_dict, tokenize
+from psd.models.rewards.clip_scores import VIT_H_14, CLIPReward
+from psd.models.rewards.preprocess import load_mean_std
+from psd.models.weights import from_state_dict, tokenize
 
 if TYPE_CHECKING:
-    from psd.rewards import RewardInfo
+    from psd.models.rewards.table import RewardInfo
 
 MPS_FILE = "model.safetensors"
 CROSS = dict(dim=1024, layers=4, heads=16, dim_head=64)

@@ -1,7 +1,7 @@
-"""What the loaders of psd.priors and psd.rewards share: weights that really arrived, or one sentence why not.
+"""What all loaders share: weights that really arrived, or one sentence why not.
 
 It knows no model; torch, diffusers and transformers are imported by their callers, so that the tables PRIORS and
-REWARDS stay cheap to read. Where the files come from is psd.hub's.
+REWARDS stay cheap to read. Where the files come from is psd.models.hub's.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from psd.hub import Source, remove_damaged
-from psd.safety import RequestError
+from psd.errors import RequestError
+from psd.models.hub import Source, remove_damaged
 
 _LOAD_LOCK, _TABLE_LOCK = threading.RLock(), threading.Lock()
 _TOKENIZER_LOCK = threading.Lock()

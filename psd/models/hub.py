@@ -1,7 +1,7 @@
 """Where weights come from: a folder of this machine, or a hub repository whose files are brought into the hub's cache.
 
 Everything is downloaded here, completely and checked, before anything opens it: the loaders read folders alone and
-never reach for the network. Not known here: which models there are (psd.priors, psd.rewards) and how they are loaded.
+never reach for the network. Not known here: which models there are (the tables beside it) and how they are loaded.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -17,13 +18,14 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from psd.errors import RequestError
 from psd.events import Downloading
-from psd.safety import RequestError
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 TELL_EVERY_S = 0.5
 LISTING_TIMEOUT_S = 10.0  # huggingface_hub itself would wait for this one answer for ever
 OTHERWISE = "choose a model that comes with the app"
+HUB_ID = re.compile(r"[A-Za-z0-9](?:[\w.-]*\w)?/[A-Za-z0-9](?:[\w.-]*\w)?", re.ASCII)
 
 # What is read of a diffusers repository: not the safety checker, nor copies in half precision or as pickles
 # (diffusion_pytorch_model.fp16.safetensors, .bin). The pattern's two classes admit ".safetensors", its index and
@@ -68,6 +70,16 @@ class Source:
 
     def file(self, name: str) -> Path:
         return Path(self.path) / name
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` is spelled like org/name of the Hugging Face hub and is no folder, which diffusers prefers.
+
+    "toybox/..." is ours and never a hub id.
+    """
+    barred = ".." in name or "--" in name or name.endswith(".git")  # as huggingface_hub's validate_repo_id says
+    spelled = len(name) <= 96 and not barred and HUB_ID.fullmatch(name) is not None
+    return spelled and not name.startswith("toybox/") and not os.path.exists(name)
 
 
 def fetched(source: Source) -> Source:

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from psd.hub import Source
-from psd.priors.ldm import CAMERA_DIM, LDM_CLASS, convert_key, is_multi_view, unet_config
-from psd.priors.stable_diffusion import StableDiffusionPrior, in_dtype, timestep
-from psd.safety import RequestError, shown
+from psd.errors import RequestError, shown
+from psd.models.hub import Source
+from psd.models.priors.ldm import CAMERA_DIM, LDM_CLASS, convert_key, is_multi_view, unet_config
+from psd.models.priors.stable_diffusion import StableDiffusionPrior, in_dtype, timestep
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel

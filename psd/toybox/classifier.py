@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from psd.hub import Source
-from psd.rewards.preprocess import load_mean_std, normalise, shorter_side
-from psd.weights import pretrained
+from psd.models.hub import Source
+from psd.models.rewards.preprocess import load_mean_std, normalise, shorter_side
+from psd.models.weights import load_once, pretrained, readable_errors
 
+ATTRIBUTES = Source("toybox/attributes")  # the classifier that counts a caption's facts
 IMAGE_SIZE = 128  # px, where the model's config has no image_size
+
+_loaded: OrderedDict = OrderedDict()
 
 
 class AttributeClassifier:
@@ -43,3 +48,13 @@ class AttributeClassifier:
         sizes = [len(values) for values in self.groups.values()]
         logits = self.model(pixels).logits.split(sizes, dim=-1)
         return {group: part.log_softmax(-1) for group, part in zip(self.groups, logits, strict=True)}
+
+
+def load_attributes(device: str = "cpu", source: Source = ATTRIBUTES) -> AttributeClassifier:
+    """The toybox's attribute classifier on `device`, loaded once per process. Raises RequestError."""
+
+    def load() -> AttributeClassifier:
+        with readable_errors("toybox/attributes", source):
+            return AttributeClassifier.load(source, device)
+
+    return load_once(_loaded, (source, str(device)), load, 2)

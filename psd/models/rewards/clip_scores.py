@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from psd.rewards.preprocess import load_mean_std, longest_side, normalise, shorter_side
-from psd.weights import check_vocabulary, from_state_dict, pretrained, tokenize
+from psd.models.rewards.preprocess import load_mean_std, longest_side, normalise, shorter_side
+from psd.models.weights import check_vocabulary, from_state_dict, pretrained, tokenize
 
 if TYPE_CHECKING:
-    from psd.rewards import RewardInfo
+    from psd.models.rewards.table import RewardInfo
 
 TEXT_CACHE = 256  # prompts
 

@@ -1,68 +1,20 @@
-"""Reward models: the table REWARDS, `load_reward` of a name or a mixture, and the toybox's attribute classifier.
+"""Reward models by name: the table REWARDS, and mixtures of them as text. Loads no torch.
 
-A reward is called as reward(images [B 3 H W] in [0, 1], prompts of length B) -> scores [B]: higher is better, raw
-scale, differentiable in the images, float32. Reading the table imports no torch.
+To add one: a class that answers psd.contracts.Reward, and a row here that names it.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
-from psd.hub import Source, fetched, is_cached
-from psd.safety import RequestError, shown, unknown_name
-from psd.weights import load_once, readable_errors, use_tf32
+from psd.errors import RequestError, shown, unknown_name
+from psd.models.hub import Source, fetched, is_cached
 
-if TYPE_CHECKING:
-    from psd.contracts import Reward
-    from psd.rewards.aesthetic import AestheticReward
-    from psd.rewards.attributes import AttributeClassifier
-    from psd.rewards.clip_scores import CLIPReward
-    from psd.rewards.image_reward import ImageRewardModel
-    from psd.rewards.mps import MPSReward
-
-KEEP_LOADED = 6  # models, a mixture or a target with its judges; what was used last stays
 MAX_MEMBERS = 4  # of a mixture
 MIN_WEIGHT, MAX_WEIGHT = 1e-3, 1e3
 EXAMPLE = "hpsv2.1 + 0.5 aesthetic"
-
-
-def load_clip(name: str, info: RewardInfo, device: str) -> CLIPReward:
-    from psd.rewards.clip_scores import CLIPReward
-
-    return CLIPReward.load(name, info, device)
-
-
-def load_hpsv2(name: str, info: RewardInfo, device: str) -> CLIPReward:
-    from psd.rewards.clip_scores import HPSv2Reward
-
-    return HPSv2Reward.load(name, info, device)
-
-
-def load_judge(name: str, info: RewardInfo, device: str) -> ImageRewardModel:
-    from psd.rewards.image_reward import ImageRewardModel
-
-    return ImageRewardModel.load(name, info, device)
-
-
-def load_image_reward(name: str, info: RewardInfo, device: str) -> ImageRewardModel:
-    from psd.rewards.image_reward import ImageRewardModel
-
-    return ImageRewardModel.load_published(name, info, device)
-
-
-def load_aesthetic(name: str, info: RewardInfo, device: str) -> AestheticReward:
-    from psd.rewards.aesthetic import AestheticReward
-
-    return AestheticReward.load(name, info, device)
-
-
-def load_mps(name: str, info: RewardInfo, device: str) -> MPSReward:
-    from psd.rewards.mps import MPSReward
-
-    return MPSReward.load(name, info, device)
+CLIP = "psd.models.rewards.clip_scores:CLIPReward"
+BLIP = "psd.models.rewards.image_reward:ImageRewardModel"
 
 
 @dataclass(frozen=True)
@@ -72,7 +24,7 @@ class RewardInfo:
     source: Source
     licence: str
     download_mb: int  # 0: comes with the app
-    load: Callable[[str, RewardInfo, str], Reward]
+    model: str  # "module:class" of what answers `load(name, info, device)`, resolved when it is loaded
     about: str
     tokenizer: Source | None = None  # where it is not beside the weights
     encoder: Source | None = None  # of images, where it is not beside the weights
@@ -107,44 +59,43 @@ BERT = Source(
 # The revisions are the commits that published work pins.
 REWARDS: dict[str, RewardInfo] = {
     "toybox/preference": RewardInfo(
-        Source("toybox/preference"), "Apache-2.0", 0, load_clip, "PickScore in small: exp(logit_scale) * cosine.",
+        Source("toybox/preference"), "Apache-2.0", 0, CLIP, "PickScore in small: exp(logit_scale) * cosine.",
     ),
     "toybox/judge": RewardInfo(
-        Source("toybox/judge"), "Apache-2.0", 0, load_judge,
+        Source("toybox/judge"), "Apache-2.0", 0, BLIP,
         "ImageReward in small, on other data: the held-out score.", held_out=True,
     ),
     "hpsv2.1": RewardInfo(
         Source("xswu/HPSv2", "697403c78157020a1ae59d23f111aa58ced35b0a", ("HPS_v2.1_compressed.pt",)),
-        "Apache-2.0", 1980, load_hpsv2, "HPS v2.1: raw cosine, about 0.2 to 0.35.", tokenizer=CLIP_H,
+        "Apache-2.0", 1980, "psd.models.rewards.clip_scores:HPSv2Reward",
+        "HPS v2.1: raw cosine, about 0.2 to 0.35.", tokenizer=CLIP_H,
     ),
     "pickscore": RewardInfo(
         Source(
             "yuvalkirstain/PickScore_v1", "a4e4367c6dfa7288a00c550414478f865b875800",
             ("config.json", "model.safetensors"),
         ),
-        "not stated by the authors; see the model card", 3950, load_clip, "PickScore: about 20.", tokenizer=CLIP_H,
+        "not stated by the authors; see the model card", 3950, CLIP, "PickScore: about 20.", tokenizer=CLIP_H,
     ),
     "imagereward": RewardInfo(
         Source("THUDM/ImageReward", "5736be03b2652728fb87788c9797b0570450ab72", ("ImageReward.pt",)),
-        "Apache-2.0", 1790, load_image_reward, "ImageReward: about -2 to 2.", tokenizer=BERT,
+        "Apache-2.0", 1790, "psd.models.rewards.image_reward:PublishedImageReward",
+        "ImageReward: about -2 to 2.", tokenizer=BERT,
     ),
     "aesthetic": RewardInfo(
         Source(
             "trl-lib/ddpo-aesthetic-predictor", "7f639699bec8126062148a47ecb1a4312d8e6688", ("aesthetic-model.pth",)
         ),
-        "Apache-2.0", 1720, load_aesthetic, "Aesthetic predictor V2: about 1 to 10, does not read the prompt.",
+        "Apache-2.0", 1720, "psd.models.rewards.aesthetic:AestheticReward",
+        "Aesthetic predictor V2: about 1 to 10, does not read the prompt.",
         encoder=CLIP_L,
     ),
     "mps": RewardInfo(
         # Its only commit with weights is daceecc; the full hash is not known here.
         Source("RE-N-Y/mpsv1", "main", ("model.safetensors",)),
-        "MIT", 4420, load_mps, "MPS, overall preference: about 10.", tokenizer=CLIP_H,
+        "MIT", 4420, "psd.models.rewards.mps:MPSReward", "MPS, overall preference: about 10.", tokenizer=CLIP_H,
     ),
 }  # fmt: skip
-
-ATTRIBUTES = Source("toybox/attributes")  # the classifier that counts a caption's facts
-
-_loaded: OrderedDict = OrderedDict()
 
 
 def reward_terms(text: str) -> dict[str, float]:
@@ -180,30 +131,6 @@ def is_mixture(text: str) -> bool:
     return text.strip() not in reward_terms(text)
 
 
-def load_reward(text: str, device: str = "cpu") -> Reward:
-    """The reward of this name, or a mixture (`reward_terms`), on `device`. Raises RequestError.
-
-    A model is loaded once per process. A mixture of them is new every time: its scales belong to one run.
-    """
-    if not is_mixture(text):
-        return _load_model(text.strip(), device)
-    from psd.rewards.mixture import Mixture
-
-    terms = reward_terms(text)
-    return Mixture({name: _load_model(name, device) for name in terms}, terms, device)
-
-
-def _load_model(name: str, device: str) -> Reward:
-    info = REWARDS[name]
-
-    def load() -> Reward:
-        use_tf32(device)
-        with readable_errors(name, *info.sources):
-            return info.load(name, info.fetched(), device)
-
-    return load_once(_loaded, (info.source, str(device)), load, KEEP_LOADED)
-
-
 def held_out_rewards(target: str) -> list[str]:
     """Rewards that report beside the target without being optimised: those at home in the same world.
 
@@ -214,15 +141,3 @@ def held_out_rewards(target: str) -> list[str]:
     worlds = {REWARDS[name].embedded for name in members}
     others = {name: info for name, info in REWARDS.items() if name not in members and info.embedded in worlds}
     return [name for name, info in others.items() if is_cached(*info.sources)]
-
-
-def load_attributes(device: str = "cpu", source: Source = ATTRIBUTES) -> AttributeClassifier:
-    """The toybox's attribute classifier on `device`, loaded once per process. Raises RequestError."""
-
-    def load() -> AttributeClassifier:
-        from psd.rewards.attributes import AttributeClassifier
-
-        with readable_errors("toybox/attributes", source):
-            return AttributeClassifier.load(source, device)
-
-    return load_once(_loaded, (source, str(device)), load, KEEP_LOADED)

@@ -1,0 +1,26 @@
+"""What is said to whoever sent a request: one actionable sentence. Knows nothing of what was asked for."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class RequestError(ValueError):
+    """A request that cannot be served as it stands; the message is one sentence for the person who sent it."""
+
+
+def unknown_name(field: str, name: str, known: Iterable[str], otherwise: str = "") -> str:
+    """The sentence about a name that is not in `known`: nearest names first, then all, then what else would do."""
+    known = list(known)
+    nearest = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(nearest)}? Known" if nearest else "known"
+    return f"{field} {shown(name)} is not known; {hint}: {', '.join(known)}{otherwise}."
+
+
+def shown(value: object, limit: int = 60) -> str:
+    """`value` as Python writes it, cut to `limit` characters: it came from outside and may be anything."""
+    if isinstance(value, int) and value.bit_length() > 128:  # Python itself refuses to print very long ones
+        return "a whole number of more than 38 digits"
+    text = repr(value[:limit] if isinstance(value, str | bytes) else value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
