@@ -7,14 +7,13 @@ prints scores and file paths on stdout. Exit status: 0 done, 2 refused, 130 inte
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import secrets
 import sys
 from contextlib import closing
 from pathlib import Path
 
-from psd.config import MAX_SEED, PRESETS, RunConfig
+from psd.config import ARMS, FIELDS, MAX_SEED, PRESETS, RunConfig, Setting
 from psd.errors import RequestError
 from psd.events import Downloading, Finished, Started, Step
 from psd.models.needs import missing_models, told
@@ -60,14 +59,14 @@ def main(argv: list[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="python -m psd",
-        usage='python -m psd "PROMPT" [--preset NAME] [--seed N] [--no-compare] [--output DIR] [...]',
+        usage='python -m psd "PROMPT" [--preset NAME] [--seed N] [--arms "with, without"] [--output DIR] [...]',
         description="Draw a prompt by score distillation, with and without preference guidance, from the same seed.",
         epilog='A given flag overrides the preset. Example: python -m psd "a tall blue lamp" --steps 50 --seed 7',
         allow_abbrev=False,
     )
     groups = {name: parser.add_argument_group(title) for name, title in GROUPS.items()}
-    for field in dataclasses.fields(RunConfig):
-        add_flag(groups[field.metadata["group"]], field)
+    for setting in FIELDS.values():
+        add_flag(groups[setting.group], setting)
     groups["main"].add_argument("--randomize-seed", action="store_true", help="Draw the seed; it is printed.")
     groups["run"].add_argument(
         "--allow-download", action=argparse.BooleanOptionalAction, default=True,
@@ -83,28 +82,27 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field) -> None:
+def add_flag(group: argparse._ArgumentGroup, setting: Setting) -> None:
     """One RunConfig field as a flag; absent from the result when it was not given, so that the preset decides."""
-    accepted = allowed(field).strip(" ()")
-    help_line = field.metadata["help"].replace("%", "%%")
-    if field.name == "prompt":
+    accepted = allowed(setting).strip(" ()")
+    help_line = setting.help.replace("%", "%%")
+    if setting.name == "prompt":
         # Optional for --list; a run without it is refused by check_request.
         group.add_argument("prompt", nargs="?", default=argparse.SUPPRESS, metavar="PROMPT", help=help_line)
         return
-    default = f"{accepted}; default: {describe_default(field)}".lstrip("; ")
+    default = f"{accepted}; default: {describe_default(setting)}".lstrip("; ")
     options = {"default": argparse.SUPPRESS, "help": f"{help_line} ({default})"}
-    if field.type == "bool":
+    if setting.kind is bool:
         options["action"] = argparse.BooleanOptionalAction
     else:
-        options["type"] = {"str": str, "int": int, "float": float}[field.type]
-        options["metavar"] = {"str": "NAME", "int": "N", "float": "X"}[field.type]
-    group.add_argument("--" + field.name.replace("_", "-"), **options)
+        options["type"], options["metavar"] = setting.kind, {str: "NAME", int: "N", float: "X"}[setting.kind]
+    group.add_argument("--" + setting.name.replace("_", "-"), **options)
 
 
-def describe_default(field: dataclasses.Field) -> str:
-    if field.type == "bool":
-        return "on" if field.default else "off"
-    return "none" if field.default == "" else str(field.default)
+def describe_default(setting: Setting) -> str:
+    if setting.kind is bool:
+        return "on" if setting.default else "off"
+    return "none" if setting.default == "" else str(setting.default)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -181,9 +179,8 @@ def print_list() -> None:
 
 
 def describe_rewards(metrics: dict[str, float]) -> str:
-    """Rewards of a step, "reward 1.234 with, 1.100 without"; steps that look at no reward have none (NaN)."""
-    rewards = {arm: metrics.get(f"reward_{arm}", float("nan")) for arm in ("with", "without")}
-    shown = [f"{value:.3f} {arm}" for arm, value in rewards.items() if value == value]
+    """Rewards of a step, "reward 1.234 with, 1.100 without"; steps that look at no reward have none."""
+    shown = [f"{value:.3f} {arm}" for arm in ARMS if (value := metrics.get(f"reward_{arm}")) is not None]
     return "reward " + ", ".join(shown) if shown else ""
 
 

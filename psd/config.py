@@ -1,30 +1,46 @@
 """One run's settings: a frozen dataclass that is at once CLI flag, API parameter, form field and run.json.
 
-Each field carries its own help line, choices and bounds, so the command line, the form, the API and
-`safety.check_request` cannot disagree. This file knows nothing of torch, gradio or models.
+Each field carries its own label, help line, choices and bounds (FIELDS), so the command line, the form, the API and
+`safety.check_request` cannot disagree. ARMS are what runs side by side. Knows nothing of torch, gradio or models.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, no_type_check
+from typing import Any, NamedTuple, no_type_check
 
 MAX_PROMPT_CHARS = 1000
 MAX_SEED = 2**31 - 1
+
+
+class Setting(NamedTuple):
+    """What every front end needs to show, check and parse a field of RunConfig."""
+
+    name: str
+    kind: type  # str, int, float or bool
+    default: Any
+    label: str
+    help: str
+    choices: tuple[str, ...]  # of names that code must know; those of presets, models, methods, modes are in tables
+    low: float | None
+    high: float | None
+    group: str
 
 
 def setting(
     default: Any,
     help: str,
     *,
+    label: str = "",
     choices: tuple = (),
     low: float | None = None,
     high: float | None = None,
     group: str = "main",
 ) -> Any:
-    """A dataclass field with what every front end needs to show and check it."""
-    metadata = {"help": help, "choices": choices, "low": low, "high": high, "group": group}
+    """A dataclass field with what FIELDS tells of it; without a label its own name."""
+    metadata = {"label": label, "help": help, "choices": choices, "low": low, "high": high, "group": group}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -33,152 +49,114 @@ def setting(
 class RunConfig:
     """Everything that determines a run. Same config, same bits (on CPU)."""
 
+    # fmt: off
     prompt: str = setting("", "What to draw.")
     negative_prompt: str = setting("", "What to move away from; the learned negative embedding n starts here.")
     mode: str = setting("image", "What to make: a picture, or an object to turn.", choices=("image", "3d"))
     preset: str = setting("toybox-image", "Named settings that everything below starts from.")
     prior: str = setting("toybox/sd", "Diffusion model: a known name, a hub id or a local folder.")
-    reward: str = setting(
-        "toybox/preference",
-        "Reward model that ranks the two noised copies (the target), or a weighted mixture: a + 0.5 b.",
-    )
+    reward: str = setting("toybox/preference",
+        "Reward model that ranks the two noised copies (the target), or a weighted mixture: a + 0.5 b.")
     seed: int = setting(0, "Seed of every random number of the run.", low=0, high=MAX_SEED)
-    compare: bool = setting(True, "Also run the arm without preference guidance: same seed, same noises, one batch.")
+    arms: str = setting("with, without",
+        "What runs side by side, on one seed and the same noises; the first is the run itself.", label="Compare")
 
-    method: str = setting(
-        "psd", "Update rule of the arm with preference.", choices=("psd", "sds", "negative"), group="method"
-    )
-    steps: int = setting(
-        50, "Optimisation steps; of an image the timesteps N, from noisy to clean.", low=2, high=20_000, group="method"
-    )
-    gamma: float = setting(
-        2.0, "Guidance scale of classifier-free guidance (eq. 3).", low=0.0, high=200.0, group="method"
-    )
-    t_max: float = setting(0.98, "Noisiest timestep, as a share of the schedule.", low=0.01, high=1.0, group="method")
-    t_min: float = setting(0.02, "Cleanest timestep, as a share of the schedule.", low=0.0, high=0.99, group="method")
-    t_max_end: float = setting(
-        0.5, "3D: t ~ U(low, high); low falls from t_max to t_min, high from t_max to this one.",
-        low=0.01, high=1.0, group="method",
-    )  # fmt: skip
-    t_anneal: float = setting(
-        0.8, "3D: share of the steps over which low and high fall.", low=0.0, high=1.0, group="method"
-    )
-    time_shift_low: float = setting(
-        0.0,
-        "T1 of the random time shift tau ~ U(T1, T2), as a share of the schedule.",
-        low=-0.2,
-        high=0.2,
-        group="method",
-    )
-    time_shift_high: float = setting(
-        0.0, "T2 of the random time shift; T1 = T2 = 0 switches it off.", low=-0.2, high=0.2, group="method"
-    )
-    pair: str = setting(
-        "ddim", "First noise of the pair: ddim = last CFG prediction, independent = fresh.",
-        choices=("ddim", "independent"), group="method",
-    )  # fmt: skip
-    update: str = setting(
-        "ddim", "ddim = x - (sigma/alpha) g, exact DDIM without preference; adam = Adam on x.",
-        choices=("ddim", "adam"), group="method",
-    )  # fmt: skip
-    lr: float = setting(
-        0.04, "Learning rate of update=adam; in 3D of the voxel grid.", low=1e-5, high=10.0, group="method"
-    )
-    weighting: str = setting(
-        "one", "w(t): one = 1, sds = 1 - abar, recon = sigma/alpha.", choices=("one", "sds", "recon"), group="method"
-    )
+    method: str = setting("psd", "Update rule of the arm with preference.", choices=("psd", "sds", "negative"),
+        group="method")
+    steps: int = setting(50, "Optimisation steps; of an image the timesteps N, from noisy to clean.", low=2,
+        high=20_000, group="method")
+    gamma: float = setting(2.0, "Guidance scale of classifier-free guidance (eq. 3).", label="Guidance scale γ",
+        low=0.0, high=200.0, group="method")
+    t_max: float = setting(0.98, "Noisiest timestep, as a share of the schedule.", label="Noisiest t", low=0.01,
+        high=1.0, group="method")
+    t_min: float = setting(0.02, "Cleanest timestep, as a share of the schedule.", label="Cleanest t", low=0.0,
+        high=0.99, group="method")
+    t_max_end: float = setting(0.5, "3D: t ~ U(low, high); low falls from t_max to t_min, high from t_max to this one.",
+        label="Noisiest t at the end (3D)", low=0.01, high=1.0, group="method")
+    t_anneal: float = setting(0.8, "3D: share of the steps over which low and high fall.", label="Annealing of t (3D)",
+        low=0.0, high=1.0, group="method")
+    time_shift_low: float = setting(0.0, "T1 of the random time shift tau ~ U(T1, T2), as a share of the schedule.",
+        label="Time shift from", low=-0.2, high=0.2, group="method")
+    time_shift_high: float = setting(0.0, "T2 of the random time shift; T1 = T2 = 0 switches it off.",
+        label="Time shift to", low=-0.2, high=0.2, group="method")
+    pair: str = setting("ddim", "First noise of the pair: ddim = last CFG prediction, independent = fresh.",
+        label="Noise pair", choices=("ddim", "independent"), group="method")
+    update: str = setting("ddim", "ddim = x - (sigma/alpha) g, exact DDIM without preference; adam = Adam on x.",
+        label="Update of x", choices=("ddim", "adam"), group="method")
+    lr: float = setting(0.04, "Learning rate of update=adam; in 3D of the voxel grid.", label="Learning rate of x",
+        low=1e-5, high=10.0, group="method")
+    weighting: str = setting("one", "w(t): one = 1, sds = 1 - abar, recon = sigma/alpha.", label="Weighting w(t)",
+        choices=("one", "sds", "recon"), group="method")
 
-    pref_weight: float = setting(
-        0.3, "Multiplies beta_r, the weight of delta_pref (1 = paper, 0 = winner selection only).",
-        low=0.0, high=20.0, group="preference",
-    )  # fmt: skip
-    pref_form: str = setting(
-        "centred", "delta_pref (eq. 12): paper = eps~w - eps~l; centred also subtracts the two noises.",
-        choices=("paper", "centred"), group="preference",
-    )  # fmt: skip
-    pref_interval: int = setting(
-        1, "Use the reward every k-th step; steps between are plain (Table 4).", low=1, high=1000, group="preference"
-    )
-    reward_scale: float = setting(
-        1.0, "Multiplies reward differences inside beta_r's sigmoid.", low=0.0, high=1000.0, group="preference"
-    )
-    x0_from: str = setting(
-        "cfg", "Prediction behind the x0-hat that is ranked: with guidance (cfg) or the prompt's alone (cond).",
-        choices=("cfg", "cond"), group="preference",
-    )  # fmt: skip
+    pref_weight: float = setting(0.3,
+        "Multiplies beta_r, the weight of delta_pref (1 = paper, 0 = winner selection only).", label="Weight of δ_pref",
+        low=0.0, high=20.0, group="preference")
+    pref_form: str = setting("centred",
+        "delta_pref (eq. 12): paper = eps~w - eps~l; centred also subtracts the two noises.", label="Form of δ_pref",
+        choices=("paper", "centred"), group="preference")
+    pref_interval: int = setting(1, "Use the reward every k-th step; steps between are plain (Table 4).",
+        label="Preference every k steps", low=1, high=1000, group="preference")
+    reward_scale: float = setting(1.0, "Multiplies reward differences inside beta_r's sigmoid.", low=0.0, high=1000.0,
+        group="preference")
+    x0_from: str = setting("cfg",
+        "Prediction behind the x0-hat that is ranked: with guidance (cfg) or the prompt's alone (cond).",
+        label="Ranked prediction", choices=("cfg", "cond"), group="preference")
+    rank: str = setting("view",
+        "3D: the pair is ranked for every view, or once for the group of views by their mean reward.",
+        label="Ranking of views (3D)", choices=("view", "group"), group="preference")
+    view_prompts: bool = setting(False,
+        "3D: the reward reads the prompt with \", front view\" (side, back, overhead), by the view's camera.",
+        label="Name the view to the reward (3D)", group="preference")
 
-    rank: str = setting(
-        "view", "3D: the pair is ranked for every view, or once for the group of views by their mean reward.",
-        choices=("view", "group"), group="preference",
-    )  # fmt: skip
-    view_prompts: bool = setting(
-        False, "3D: the reward reads the prompt with \", front view\" (side, back, overhead), by the view's camera.",
-        group="preference",
-    )  # fmt: skip
-    rescale: float = setting(
-        0.0, "3D: share of MVDream's rescaling of x0-hat to the contrast that eps_y alone has (tames a large gamma).",
-        low=0.0, high=1.0, group="method",
-    )  # fmt: skip
+    rescale: float = setting(0.0,
+        "3D: share of MVDream's rescaling of x0-hat to the contrast that eps_y alone has (tames a large gamma).",
+        label="Rescaling of x0 (3D)", low=0.0, high=1.0, group="method")
 
-    negative_lr: float = setting(
-        3e-3,
-        "Learning rate of the negative embedding n (eq. 13); 0 keeps n fixed.",
-        low=0.0,
-        high=1.0,
-        group="negative",
-    )
-    negative_optimizer: str = setting("adam", "Optimiser of n.", choices=("adam", "sgd"), group="negative")
-    negative_interval: int = setting(1, "Update n every k-th preference step.", low=1, high=1000, group="negative")
-    negative_decay_steps: int = setting(
-        0, "Steps over which the rate of n falls linearly to 0; 0 = constant.", low=0, high=100_000, group="negative"
-    )
+    negative_lr: float = setting(3e-3, "Learning rate of the negative embedding n (eq. 13); 0 keeps n fixed.",
+        label="Learning rate of n", low=0.0, high=1.0, group="negative")
+    negative_optimizer: str = setting("adam", "Optimiser of n.", label="Optimiser of n", choices=("adam", "sgd"),
+        group="negative")
+    negative_interval: int = setting(1, "Update n every k-th preference step.", label="Update n every k steps", low=1,
+        high=1000, group="negative")
+    negative_decay_steps: int = setting(0, "Steps over which the rate of n falls linearly to 0; 0 = constant.",
+        label="Decay of n's rate (steps)", low=0, high=100_000, group="negative")
 
-    field: str = setting(
-        "voxels", "Radiance field: a dense voxel grid (quick), or the paper's multi-resolution hash grid (for a GPU).",
-        choices=("voxels", "hashgrid"), group="object",
-    )  # fmt: skip
-    grid_size: int = setting(48, "Voxels a side of the dense grid.", low=16, high=160, group="object")
-    render_size: int = setting(40, "Side of the training renders in pixels.", low=16, high=512, group="object")
-    render_size_end: int = setting(
-        0, "Their side in the second half of the run; 0 = the same.", low=0, high=512, group="object"
-    )
-    samples: int = setting(48, "Samples along a ray.", low=8, high=512, group="object")
-    lambda_rgb: float = setting(
-        0.0, "Weight of the image-space loss: renders against the decoded, guided x0-hat; for weighting=recon.",
-        low=0.0, high=1e5, group="object",
-    )  # fmt: skip
-    lambda_orient: float = setting(
-        0.0, "Weight of the orientation loss at the start (normals that face away).", low=0.0, high=1e5, group="object"
-    )
-    lambda_orient_end: float = setting(
-        0.0, "Its weight from the middle of the run on; it grows linearly.", low=0.0, high=1e5, group="object"
-    )
-    lambda_opacity: float = setting(
-        0.0, "Weight of the opacity loss (an empty space is preferred).", low=0.0, high=1e5, group="object"
-    )
-    lambda_solid: float = setting(
-        0.0, "Weight of the solidity loss (what is seen is opaque), after 30 % of the run.", low=0.0, high=1e5,
-        group="object",
-    )  # fmt: skip
-    lambda_z_variance: float = setting(
-        0.0, "Weight of the depth variance along rays (thin surfaces are preferred).", low=0.0, high=1e5, group="object"
-    )
-    lambda_smooth: float = setting(
-        0.0, "Weight of the voxel grid's total variation.", low=0.0, high=1e5, group="object"
-    )
-    mesh_faces: int = setting(20_000, "Triangles of the exported mesh, at most.", low=500, high=200_000, group="object")
+    field: str = setting("voxels",
+        "Radiance field: a dense voxel grid (quick), or the paper's multi-resolution hash grid (for a GPU).",
+        label="Radiance field", choices=("voxels", "hashgrid"), group="object")
+    grid_size: int = setting(48, "Voxels a side of the dense grid.", label="Grid (voxels)", low=16, high=160,
+        group="object")
+    render_size: int = setting(40, "Side of the training renders in pixels.", label="Training renders (px)", low=16,
+        high=512, group="object")
+    render_size_end: int = setting(0, "Their side in the second half of the run; 0 = the same.",
+        label="Training renders, second half (px)", low=0, high=512, group="object")
+    samples: int = setting(48, "Samples along a ray.", label="Samples a ray", low=8, high=512, group="object")
+    lambda_rgb: float = setting(0.0,
+        "Weight of the image-space loss: renders against the decoded, guided x0-hat; for weighting=recon.",
+        label="λ image space", low=0.0, high=1e5, group="object")
+    lambda_orient: float = setting(0.0, "Weight of the orientation loss at the start (normals that face away).",
+        label="λ orientation", low=0.0, high=1e5, group="object")
+    lambda_orient_end: float = setting(0.0, "Its weight from the middle of the run on; it grows linearly.",
+        label="λ orientation, at the end", low=0.0, high=1e5, group="object")
+    lambda_opacity: float = setting(0.0, "Weight of the opacity loss (an empty space is preferred).", label="λ opacity",
+        low=0.0, high=1e5, group="object")
+    lambda_solid: float = setting(0.0, "Weight of the solidity loss (what is seen is opaque), after 30 % of the run.",
+        label="λ solidity", low=0.0, high=1e5, group="object")
+    lambda_z_variance: float = setting(0.0, "Weight of the depth variance along rays (thin surfaces are preferred).",
+        label="λ depth variance", low=0.0, high=1e5, group="object")
+    lambda_smooth: float = setting(0.0, "Weight of the voxel grid's total variation.", label="λ smoothness", low=0.0,
+        high=1e5, group="object")
+    mesh_faces: int = setting(20_000, "Triangles of the exported mesh, at most.", label="Triangles of the mesh",
+        low=500, high=200_000, group="object")
 
-    image_size: int = setting(
-        0, "Side of the image in pixels, a multiple of 64; 0 = the prior's own.", low=0, high=1024, group="run"
-    )
-    fast_decoder: bool = setting(
-        False, "Rank and preview by TAESD, a small decoder; the final image and its scores stay the prior's own VAE's.",
-        group="run",
-    )  # fmt: skip
-    time_budget_s: float = setting(
-        0.0, "Stop and export at 90 % of this many seconds, loading included; 0 = no limit.",
-        low=0.0, high=86_400.0, group="run",
-    )  # fmt: skip
+    image_size: int = setting(0, "Side of the image in pixels, a multiple of 64; 0 = the prior's own.",
+        label="Image size (px)", low=0, high=1024, group="run")
+    fast_decoder: bool = setting(False,
+        "Rank and preview by TAESD, a small decoder; the final image and its scores stay the prior's own VAE's.",
+        label="Rank and preview by TAESD", group="run")
+    time_budget_s: float = setting(0.0, "Stop and export at 90 % of this many seconds, loading included; 0 = no limit.",
+        label="Time budget (s)", low=0.0, high=86_400.0, group="run")
+    # fmt: on
 
     @classmethod
     def from_preset(cls, preset: str | None = None, **overrides: Any) -> RunConfig:
@@ -195,9 +173,47 @@ class RunConfig:
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> RunConfig:
-        """Inverse of `to_dict`; unknown keys (another version's) are ignored."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        return cls(**{name: value for name, value in settings.items() if name in known})
+        """Inverse of `to_dict`; what older versions wrote is read as today's, other unknown keys are ignored."""
+        return cls(**{name: value for name, value in todays(settings).items() if name in FIELDS})
+
+
+FIELDS: dict[str, Setting] = {
+    field.name: Setting(
+        field.name, type(field.default), field.default,
+        **field.metadata | {"label": field.metadata["label"] or field.name.replace("_", " ").capitalize()},
+    )
+    for field in dataclasses.fields(RunConfig)
+}  # fmt: skip
+
+
+def todays(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with the names of this version: `compare`, true or false, has become `arms`."""
+    settings = dict(settings)
+    compare = settings.pop("compare", None)
+    if isinstance(compare, bool):
+        settings.setdefault("arms", "with, without" if compare else "with")
+    return settings
+
+
+# What can run side by side: name -> overrides of the run's settings. A row is all that a new arm takes.
+ARMS: dict[str, dict[str, Any]] = {
+    "with":          {},
+    "without":       dict(method="sds"),
+    "selection":     dict(pref_weight=0.0, negative_lr=0.0),
+    "no-negative":   dict(negative_lr=0.0),
+    "paper-form":    dict(pref_form="paper"),
+    "negative-only": dict(method="negative"),
+}  # fmt: skip
+
+
+def arm_names(arms: str) -> list[str]:
+    """The names in "with, without"; whether ARMS has them is `safety.check_request`'s question."""
+    return [name for part in arms.split(",") if (name := part.strip())]
+
+
+def arms_of(config: RunConfig) -> dict[str, RunConfig]:
+    """Arm -> its settings, the first one the run's. Raises KeyError on a name that ARMS does not have."""
+    return {name: dataclasses.replace(config, **ARMS[name]) for name in arm_names(config.arms)}
 
 
 TOYBOX = dict(prior="toybox/sd", reward="toybox/preference")

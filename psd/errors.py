@@ -7,7 +7,14 @@ from collections.abc import Iterable
 
 
 class RequestError(ValueError):
-    """A request that cannot be served as it stands; the message is one sentence for the person who sent it."""
+    """A request that cannot be served as it stands; the message is one sentence for the person who sent it.
+
+    `field` is the setting to blame, where there is one: what shows the sentence need not parse it.
+    """
+
+    def __init__(self, sentence: str, field: str = ""):
+        super().__init__(sentence)
+        self.field = field
 
 
 def unknown_name(field: str, name: str, known: Iterable[str], otherwise: str = "") -> str:

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
     from psd.config import RunConfig
 
-ARMS = ("with", "without")  # with and without preference guidance, in this order everywhere
-
 
 @dataclass(frozen=True)
 class Downloading:
@@ -35,7 +33,7 @@ class Started:
     run_id: str
     directory: Path
     config: RunConfig
-    arms: tuple[str, ...]  # the subset of ARMS this run computes
+    arms: tuple[str, ...]  # in the order of config.arms
     warnings: tuple[str, ...]  # one sentence each: unknown words, a truncated prompt
 
 

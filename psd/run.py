@@ -11,7 +11,7 @@ import platform
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 import psd
-from psd.config import RunConfig
+from psd.config import RunConfig, arms_of
 from psd.contracts import Reward
 from psd.errors import RequestError
 from psd.events import Finished, Preview, Started, Step
@@ -105,11 +105,6 @@ def generate(
     yield finished
 
 
-def arms_of(config: RunConfig) -> dict[str, RunConfig]:
-    """Arm -> its settings. "without" is plain score distillation with the pair's first noise."""
-    return {"with": config} | ({"without": replace(config, method="sds")} if config.compare else {})
-
-
 def load_rewards(target: str, device: str) -> dict[str, Reward]:
     """The target, its members one by one where it is a mixture, and the held-out judges. Raises RequestError.
 
@@ -146,14 +141,15 @@ def metrics_of(
 ) -> dict[str, float]:
     """One row of metrics.csv: rewards of both arms, mean over their views, and the terms of the arm with preference."""
     row: dict[str, float] = {"t": state.t}
+    first = next(iter(state.terms))
     if views is not None:
         scores = reward(views.flatten(0, 1), [config.prompt] * views.shape[:2].numel()).view(views.shape[:2]).mean(1)
         row |= {f"reward_{name}": value for name, value in zip(state.terms, scores.tolist(), strict=True)}
-    row |= {name: value.mean().item() for name, value in state.terms["with"].items()}
+    row |= {name: value.mean().item() for name, value in state.terms[first].items()}
     if isinstance(state, ObjectStep):
         row |= {f"opacity_{name}": value for name, value in state.opacity.items()}
-    if "with" in state.drift:
-        row["negative_drift"] = state.drift["with"]
+    if first in state.drift:
+        row["negative_drift"] = state.drift[first]
     return row
 
 

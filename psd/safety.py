@@ -6,7 +6,6 @@ metadata of config.py, the rules between fields stand here. Loads no torch, diff
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 import unicodedata
@@ -17,7 +16,7 @@ import numpy as np
 from jaxtyping import Float32
 from PIL import Image, ImageOps
 
-from psd.config import MAX_PROMPT_CHARS, PRESETS, RunConfig
+from psd.config import ARMS, FIELDS, MAX_PROMPT_CHARS, PRESETS, RunConfig, Setting, arm_names, arms_of
 from psd.errors import RequestError, shown, unknown_name
 from psd.models.hub import is_hub_id
 from psd.models.priors.table import PRIORS, prior_info
@@ -29,7 +28,7 @@ MAX_IMAGE_STEPS = 1000  # of the noise schedule: more would repeat timesteps
 RANK_NO_PAIRS = ("sds", "negative")  # methods of one noise (psd.methods, which loads torch)
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")  # nothing that reaches Pillow's rarer decoders (EPS calls Ghostscript)
 
-TYPE_NAMES = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false"}
+TYPE_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
 def check_request(config: RunConfig, allow_local: bool = False) -> None:
@@ -39,42 +38,53 @@ def check_request(config: RunConfig, allow_local: bool = False) -> None:
     Python); over the network it would let a stranger make the server read any path. Weights are not opened here:
     the loaders report a missing or corrupted file, also as RequestError.
     """
-    for field in dataclasses.fields(config):
-        check_field(field, getattr(config, field.name))
+    for name, setting in FIELDS.items():
+        check_field(setting, getattr(config, name))
     if not config.prompt.strip():
-        raise RequestError('prompt is empty: say what to draw, for example "a red mushroom with a white stem".')
+        raise RequestError(
+            'prompt is empty: say what to draw, for example "a red mushroom with a white stem".', "prompt"
+        )
     check_name("preset", config.preset, PRESETS)
+    check_arms(config)
     check_models(config, allow_local)
     check_mode(config)
     check_fast_decoder(config)
     if config.t_min >= config.t_max:
-        raise RequestError(f"t_min must be below t_max, got t_min = {config.t_min} and t_max = {config.t_max}.")
+        raise RequestError(
+            f"t_min must be below t_max, got t_min = {config.t_min} and t_max = {config.t_max}.", "t_min"
+        )
     if config.time_shift_low > config.time_shift_high:
         raise RequestError(
             "time_shift_low must not be above time_shift_high, "
-            f"got {config.time_shift_low} and {config.time_shift_high}."
+            f"got {config.time_shift_low} and {config.time_shift_high}.",
+            "time_shift_low",
+        )
+    if config.mode == "3d" and config.t_max_end < config.t_min:
+        raise RequestError(
+            f"t_max_end must not be below t_min, got t_max_end = {config.t_max_end} and t_min = {config.t_min}.",
+            "t_max_end",
         )
     if config.image_size % 64:
         raise RequestError(
             f"image_size must be a multiple of 64 (or 0 for the prior's own), got {config.image_size}; "
-            f"try {64 * round(config.image_size / 64) or 64}."
+            f"try {64 * round(config.image_size / 64) or 64}.",
+            "image_size",
         )
 
 
-def check_field(field: dataclasses.Field, value: object) -> None:
-    """Type, choices and bounds of one setting, as its own metadata states them. Raises RequestError."""
-    name, choices = field.name, field.metadata["choices"]
-    low, high = field.metadata["low"], field.metadata["high"]
+def check_field(setting: Setting, value: object) -> None:
+    """Type, choices and bounds of one setting, as FIELDS states them. Raises RequestError."""
+    name, kind = setting.name, setting.kind
     # bool is a subclass of int, and every int is a fine float: say what is meant, not what isinstance says.
-    accepted = {"str": str, "int": int, "float": (int, float), "bool": bool}[field.type]
-    if not isinstance(value, accepted) or (isinstance(value, bool) and field.type != "bool"):
-        raise RequestError(f"{name} must be {TYPE_NAMES[field.type]}{allowed(field)}, got {shown(value)}.")
+    accepted = (int, float) if kind is float else kind
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+        raise RequestError(f"{name} must be {TYPE_NAMES[kind]}{allowed(setting)}, got {shown(value)}.", name)
     if isinstance(value, float) and not math.isfinite(value):
-        raise RequestError(f"{name} must be a finite number{allowed(field)}, got {value}.")
-    if low is not None and not low <= value <= high:
-        raise RequestError(f"{name} must be {TYPE_NAMES[field.type]}{allowed(field)}, got {shown(value)}.")
-    if choices:
-        check_name(name, value, choices)
+        raise RequestError(f"{name} must be a finite number{allowed(setting)}, got {value}.", name)
+    if setting.low is not None and not setting.low <= value <= setting.high:
+        raise RequestError(f"{name} must be {TYPE_NAMES[kind]}{allowed(setting)}, got {shown(value)}.", name)
+    if setting.choices:
+        check_name(name, value, setting.choices)
     elif isinstance(value, str):
         check_text(name, value)
 
@@ -84,18 +94,32 @@ def check_text(name: str, text: str) -> None:
     if len(text) > MAX_PROMPT_CHARS:
         raise RequestError(
             f"{name} has {len(text)} characters, at most {MAX_PROMPT_CHARS} are allowed: "
-            "shorten it (the model reads only the first few dozen words)."
+            "shorten it (the model reads only the first few dozen words).",
+            name,
         )
     for position, char in enumerate(text, start=1):
         # Cc: control characters; Cs: half a surrogate pair, which neither a tokenizer nor a file can encode.
         if unicodedata.category(char) in ("Cc", "Cs") and char not in "\t\n\r":
-            raise RequestError(f"{name} has the control character U+{ord(char):04X} at position {position}: remove it.")
+            raise RequestError(
+                f"{name} has the control character U+{ord(char):04X} at position {position}: remove it.", name
+            )
 
 
 def check_name(field: str, name: str, known: Iterable[str]) -> None:
     """Raise RequestError unless `name` is one of `known`, with the nearest known names first."""
     if name not in known:
-        raise RequestError(unknown_name(field, name, known))
+        raise RequestError(unknown_name(field, name, known), field)
+
+
+def check_arms(config: RunConfig) -> None:
+    """The arms are rows of ARMS, each named once."""
+    names = arm_names(config.arms)
+    if not names:
+        raise RequestError('arms is empty: name what to run, for example "with, without".', "arms")
+    for name in names:
+        check_name("arms", name, ARMS)
+        if names.count(name) > 1:
+            raise RequestError(f"arms names {name} twice: give it once.", "arms")
 
 
 def check_models(config: RunConfig, allow_local: bool) -> None:
@@ -104,10 +128,11 @@ def check_models(config: RunConfig, allow_local: bool) -> None:
     A reward may also be a mixture, whose members' scales are learned from the pairs that the method ranks.
     """
 
-    if is_mixture(config.reward) and config.method in RANK_NO_PAIRS:
+    if is_mixture(config.reward) and all(arm.method in RANK_NO_PAIRS for arm in arms_of(config).values()):
         raise RequestError(
             f"reward is a mixture, weighed by the pairs that a method ranks, and method {config.method} ranks none: "
-            "choose method psd, or a single reward."
+            "choose method psd, or a single reward.",
+            "reward",
         )
     prior, otherwise = config.prior, ", or a hub id like org/name"
     if prior in PRIORS or is_hub_id(prior):
@@ -117,47 +142,51 @@ def check_models(config: RunConfig, allow_local: bool) -> None:
     if not allow_local:
         raise RequestError(
             f"prior {shown(prior)} is a path, which only the command line may use; "
-            f"choose one of {', '.join(PRIORS)}{otherwise}."
+            f"choose one of {', '.join(PRIORS)}{otherwise}.",
+            "prior",
         )
     if not os.path.isfile(os.path.join(os.path.expanduser(prior), "model_index.json")):
         raise RequestError(
             f"prior {shown(prior)} is not a diffusers folder (no model_index.json in it); "
-            f"give such a folder, one of {', '.join(PRIORS)}{otherwise}."
+            f"give such a folder, one of {', '.join(PRIORS)}{otherwise}.",
+            "prior",
         )
 
 
 def check_mode(config: RunConfig) -> None:
     """An object needs a prior that sees several views at once; an image is drawn in its timesteps, not more."""
-
     if config.mode == "3d" and prior_info(config.prior).views == 1:
         suited = ", ".join(name for name, info in PRIORS.items() if info.views > 1)
         raise RequestError(
             f"prior {shown(config.prior)} draws single pictures: "
-            f"for mode 3d choose {suited} or a local multi-view folder."
+            f"for mode 3d choose {suited} or a local multi-view folder.",
+            "prior",
         )
     if config.mode == "image" and config.steps > MAX_IMAGE_STEPS:
         raise RequestError(
-            f"steps must be a whole number from 2 to {MAX_IMAGE_STEPS} in mode image, got {config.steps}."
+            f"steps must be a whole number from 2 to {MAX_IMAGE_STEPS} in mode image, got {config.steps}.", "steps"
         )
     if config.mode == "3d" and config.lambda_rgb and config.weighting != "recon":
         raise RequestError(
             f"lambda_rgb compares renders with the x0-hat that weighting recon reconstructs, got {config.weighting}: "
-            "choose weighting recon, or set lambda_rgb to 0."
+            "choose weighting recon, or set lambda_rgb to 0.",
+            "lambda_rgb",
         )
     if config.render_size_end and config.render_size_end < config.render_size:
         raise RequestError(
-            f"render_size_end must be 0 or at least render_size = {config.render_size}, got {config.render_size_end}."
+            f"render_size_end must be 0 or at least render_size = {config.render_size}, got {config.render_size_end}.",
+            "render_size_end",
         )
 
 
 def check_fast_decoder(config: RunConfig) -> None:
     """Another model's latents would decode to noise, and a ranking by noise would look like a result."""
-
     if config.fast_decoder and prior_info(config.prior).fast_decoder is None:
         suited = ", ".join(name for name, info in PRIORS.items() if info.fast_decoder)
         raise RequestError(
             f"fast_decoder has none for the latents of prior {shown(config.prior)}: switch it off, or choose one of "
-            f"{suited}."
+            f"{suited}.",
+            "fast_decoder",
         )
 
 
@@ -196,10 +225,10 @@ def check_image(path: str | Path) -> Float32[np.ndarray, "H W 3"]:
     return np.asarray(Image.alpha_composite(white, rgba).convert("RGB"), dtype=np.float32) / np.float32(255)
 
 
-def allowed(field: dataclasses.Field) -> str:
+def allowed(setting: Setting) -> str:
     """What a setting may be, for the end of a sentence: " from 2 to 1000", " (one of ddim, adam)" or nothing."""
-    if field.metadata["choices"]:
-        return f" (one of {', '.join(field.metadata['choices'])})"
-    if field.metadata["low"] is not None:
-        return f" from {field.metadata['low']:g} to {field.metadata['high']:.10g}"
+    if setting.choices:
+        return f" (one of {', '.join(setting.choices)})"
+    if setting.low is not None:
+        return f" from {setting.low:g} to {setting.high:.10g}"
     return ""

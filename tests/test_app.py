@@ -84,9 +84,9 @@ def test_same_seed_same_picture_through_the_api(client: Client, finished: list[t
         assert Image.open(again[index]).tobytes() == Image.open(finished[-1][index]).tobytes()
 
 
-def test_compare_false_computes_one_arm(client: Client):
+def test_one_arm_alone(client: Client):
     _, _, with_preference, without_preference, scores, _ = client.predict(
-        prompt=PROMPT, steps=2, compare=False, api_name="/generate"
+        prompt=PROMPT, steps=2, arms="with", api_name="/generate"
     )
     assert with_preference and without_preference is None
     assert scores.keys() == {"with"}
@@ -112,7 +112,9 @@ BAD_REQUESTS = [
     (dict(prompt=PROMPT, gamma=1e9), "gamma must be"),
     (dict(prompt=PROMPT, steps=1), "steps must be"),
     (dict(prompt=PROMPT, steps="many"), "steps must be a whole number"),
-    (dict(prompt=PROMPT, compare="perhaps"), "compare must be true or false"),
+    (dict(prompt=PROMPT, arms="with, perhaps"), "arms 'perhaps' is not known"),
+    (dict(prompt=PROMPT, arms="with, with"), "arms names with twice"),
+    (dict(prompt=PROMPT, fast_decoder="perhaps"), "fast_decoder must be true or false"),
     (dict(prompt=PROMPT, seed=-1), "seed must be"),
     (dict(prompt=PROMPT, preset="toybox-imge"), "did you mean toybox-image"),
     (dict(prompt=PROMPT, preset=["toybox-image"]), "preset"),
@@ -240,12 +242,14 @@ def test_closing_the_stream_closes_the_run(monkeypatch: pytest.MonkeyPatch, tmp_
 
 def test_share_link_carries_settings_and_refuses_nonsense():
     settings = form.settings_of_query({"prompt": PROMPT, "steps": "20", "compare": "false", "gamma": "5", "utm": "x"})
-    assert (settings["steps"], settings["compare"], settings["gamma"]) == (20, False, 5.0)
+    assert (settings["steps"], settings["arms"], settings["gamma"]) == (20, "with", 5.0)  # compare: of older links
     assert form.settings_of_query({"unrelated": "1"}) == {}
     for query in (
         {"prompt": PROMPT, "steps": "many"},
         {"prompt": PROMPT, "steps": "99999"},
         {"prompt": PROMPT, "pair": "x"},
+        {"prompt": PROMPT, "compare": "yes"},
+        {"prompt": PROMPT, "arms": ""},
     ):
         with pytest.raises(RequestError):
             form.settings_of_query(query)

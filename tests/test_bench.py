@@ -123,7 +123,7 @@ def test_the_world_s_own_object_is_what_the_prior_s_views_look_like():
 
 
 def test_the_cost_of_a_run_is_measured_around_it():
-    config = RunConfig.from_preset("toybox-image", prompt="a red mushroom", steps=2, compare=False)
+    config = RunConfig.from_preset("toybox-image", prompt="a red mushroom", steps=2, arms="with")
     cost = scene.cost_here(config, "cpu")
     assert 0 < cost.first_preview_s < cost.seconds < 120
     assert 100 < cost.peak_mb < 20_000

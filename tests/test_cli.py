@@ -80,7 +80,7 @@ def test_help_names_every_setting(capsys: pytest.CaptureFixture[str]):
         assert " ".join(field.metadata["help"].split()) in text
         for choice in field.metadata["choices"]:
             assert choice in text
-    assert "--no-compare" in text
+    assert "--arms" in text
     assert "(from 2 to 20000; default: 50)" in text
     assert "(default: on)" in text
 
@@ -92,8 +92,8 @@ def test_without_flags_the_preset_decides(run: Callable[..., int], runs: Runs):
 
 
 def test_a_given_flag_overrides_the_preset(run: Callable[..., int], runs: Runs):
-    assert run(PROMPT, "--preset", "toybox-quick", "--steps", "7", "--no-compare", "--time-shift-low", "-0.1") == 0
-    expected = RunConfig.from_preset("toybox-quick", prompt=PROMPT, steps=7, compare=False, time_shift_low=-0.1)
+    assert run(PROMPT, "--preset", "toybox-quick", "--steps", "7", "--arms", "with", "--time-shift-low", "-0.1") == 0
+    expected = RunConfig.from_preset("toybox-quick", prompt=PROMPT, steps=7, arms="with", time_shift_low=-0.1)
     assert runs.configs == [expected]
 
 
@@ -101,7 +101,13 @@ def test_a_given_flag_overrides_the_preset(run: Callable[..., int], runs: Runs):
 def test_every_flag_reaches_its_field(name: str, run: Callable[..., int], runs: Runs):
     field = RunConfig.__dataclass_fields__[name]
     other = {"preset": "toybox-quick", "prior": "org/name", "reward": list(REWARDS)[-1], "t_min": 0.5, "t_max": 0.5}
-    other |= {"negative_prompt": "blurry", "compare": False, "time_shift_low": -0.125, "image_size": 128, "steps": 1000}
+    other |= {
+        "negative_prompt": "blurry",
+        "arms": "selection, without",
+        "time_shift_low": -0.125,
+        "image_size": 128,
+        "steps": 1000,
+    }
     other |= {"view_prompts": True, "fast_decoder": True}
     value = other.get(name) if name in other else (field.metadata["choices"] or (field.metadata["high"],))[-1]
     flag = "--" + name.replace("_", "-")

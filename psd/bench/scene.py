@@ -59,7 +59,7 @@ def make(config: RunConfig, device: str, jobs: list[Job]) -> list[Pictures]:
     """The jobs one after the other, their arms in lockstep, and the world's own object from the same cameras."""
     prior, target, made = load_prior(config.prior, device), load_reward(config.reward, device), []
     for scene, seed in jobs:
-        run = replace(config, prompt=world.caption(scene), seed=seed, compare=False)
+        run = replace(config, prompt=world.caption(scene), seed=seed)
         objects = MakeObject(run, arms_of(run), prior, target, prior.decode)
         for _ in objects.steps():
             pass
@@ -107,8 +107,8 @@ class Cost(NamedTuple):
 def costs(config: RunConfig, device: str) -> dict[str, dict[str, str]]:
     """What each arm costs alone in a fresh process; printed: the compare run of the page."""
     config = replace(config, prompt="a red mushroom with a white stem")
-    cost_of = {name: cost(replace(arm, compare=False), device) for name, arm in arms_of(config).items()}
-    print("compare run:", cost(replace(config, compare=True), device))
+    cost_of = {name: cost(replace(arm, arms="with"), device) for name, arm in arms_of(config).items()}
+    print("compare run:", cost(replace(config, arms="with, without"), device))
     return {
         "seconds": {name: f"{each.seconds:.0f}" for name, each in cost_of.items()},
         "first preview (s)": {name: f"{each.first_preview_s:.1f}" for name, each in cost_of.items()},

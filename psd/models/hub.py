@@ -21,7 +21,7 @@ from typing import Any
 from psd.errors import RequestError
 from psd.events import Downloading
 
-ASSETS = Path(__file__).resolve().parent.parent / "assets"
+ASSETS = Path(__file__).resolve().parents[2] / "assets"
 TELL_EVERY_S = 0.5
 LISTING_TIMEOUT_S = 10.0  # huggingface_hub itself would wait for this one answer for ever
 OTHERWISE = "choose a model that comes with the app"

@@ -40,7 +40,8 @@ def check_downloads(config: RunConfig, allow_download: Any) -> None:
     if missing and allow_download is not True:
         raise RequestError(
             f"allow_download must be true for a first run with {told(missing)}: allow it if you accept the licence, or "
-            "choose a model that is on this machine."
+            "choose a model that is on this machine.",
+            "allow_download",
         )
 
 

@@ -14,9 +14,8 @@ from typing import Any
 import gradio as gr
 import spaces
 
-from psd.config import MAX_SEED, PRESETS, RunConfig, presets_of
+from psd.config import FIELDS, MAX_SEED, PRESETS, RunConfig, arm_names, presets_of
 from psd.errors import RequestError
-from psd.events import ARMS
 from psd.make_object import TURNTABLE_FRAMES
 from psd.models.needs import check_downloads
 from psd.models.priors.table import PRIORS
@@ -25,7 +24,6 @@ from psd.scene.turntable import read_frame
 from psd.ui import api, examples, parts
 from psd.ui.api import named
 from psd.ui.form import (
-    FIELDS,
     GROUPS,
     NAMES,
     checked,
@@ -34,7 +32,6 @@ from psd.ui.form import (
     download_box,
     fill,
     fill_preset,
-    label,
     model_note,
     settings_of_file,
     settings_of_query,
@@ -54,6 +51,7 @@ from psd.ui.session import (
 )
 
 MAX_HISTORY = 12
+PAIR = ("with", "without")
 STOP_PATIENCE_S = 20.0  # a stopped object's mesh and turntable are still being written
 IDLE = "Ready. Enter a prompt and press Run."
 DEVICE = {"concurrency_id": "device", "concurrency_limit": 1}
@@ -109,7 +107,7 @@ def build_question() -> tuple[dict[str, Any], dict[str, Any]]:
     form: dict[str, Any] = {"prompts": examples.load_prompts()}
     with gr.Group():
         mode = gr.Radio(
-            [("Picture", "image"), ("3D object", "3d")], value=FIELDS["mode"].default, label=label("mode"),
+            [("Picture", "image"), ("3D object", "3d")], value=FIELDS["mode"].default, label=FIELDS["mode"].label,
             show_label=False, elem_id="mode",
         )  # fmt: skip
         prompt = gr.Textbox(
@@ -151,10 +149,10 @@ def build_settings() -> tuple[dict[str, Any], dict[str, Any]]:
             form["randomise"] = gr.Checkbox(
                 True, label="Randomise seed", info="The seed used is written back.", elem_id="randomise"
             )
-        controls["compare"] = control("compare")
+        controls["arms"] = control("arms")
     for group, title in GROUPS.items():
         with gr.Accordion(title, open=False, visible=group != "object") as form[f"{group}_settings"]:
-            for name in (name for name in NAMES if FIELDS[name].metadata["group"] == group):
+            for name in (name for name in NAMES if FIELDS[name].group == group):
                 controls[name] = control(name)
     with gr.Accordion("Share and restore", open=False):
         form["copy_link"] = gr.Button("Copy link", size="sm", elem_id="copy_link")
@@ -177,7 +175,7 @@ def html(value: str = "", **options: Any) -> gr.HTML:
 
 def dropdown(name: str, choices: Iterable[str], info: str, custom: bool = False) -> gr.Dropdown:
     return gr.Dropdown(
-        list(choices), value=FIELDS[name].default, label=label(name), info=info, elem_id=name, filterable=custom,
+        list(choices), value=FIELDS[name].default, label=FIELDS[name].label, info=info, elem_id=name, filterable=custom,
         allow_custom_value=custom,
     )  # fmt: skip
 
@@ -324,7 +322,7 @@ def connect(
         lambda mode: gr.update(visible=mode == "3d"), controls["mode"], form["object_settings"], **light
     )
     gr.on(
-        [controls[name].change for name in ("preset", "steps", "prior", "compare", "time_budget_s")],
+        [controls[name].change for name in ("preset", "steps", "prior", "arms", "time_budget_s")],
         lambda *values: estimate_of(named(values)), inputs, form["estimate"],
         trigger_mode="always_last", **light,
     )  # fmt: skip
@@ -370,7 +368,7 @@ def prepare(randomise: bool, allow_download: bool, *values: Any) -> list[Any]:
         check_downloads(config, allow_download)
     cleared = updates(
         status=parts.status("Waiting for the device…"),
-        preview=gr.update(value=None, visible=True, label=preview_label(config.compare)),
+        preview=gr.update(value=None, visible=True, label=preview_label(config.arms)),
         slider=gr.update(visible=False),
         angle=gr.update(visible=False),
         single=gr.update(visible=False),
@@ -463,7 +461,7 @@ def show_models(directory: str | None) -> list[Any]:
         gr.update(
             value=str(models[arm]) if arm in models else None, visible=arm in models, camera_position=(None, None, None)
         )
-        for arm in ARMS
+        for arm in PAIR
     ]
 
 
@@ -477,7 +475,7 @@ def same_angle(directory: str | None, angle_deg: float) -> Any:
     videos = load_result(Path(directory)).videos if directory else {}
     if len(videos) < 2:
         return gr.skip()
-    return gr.update(value=tuple(read_frame(videos[arm], angle_deg / 360) for arm in ARMS))
+    return gr.update(value=tuple(read_frame(videos[arm], angle_deg / 360) for arm in PAIR))
 
 
 def updates(**changed: Any) -> list[Any]:
@@ -550,8 +548,8 @@ def restore_link(request: gr.Request) -> list[Any]:
     return [*fill(settings), False if settings else gr.skip()]
 
 
-def preview_label(compare: bool) -> str:
-    return "Preview: with preference | without" if compare else "Preview"
+def preview_label(arms: str) -> str:
+    return "Preview: " + " | ".join(arm_names(arms))
 
 
 def estimate_of(settings: dict[str, Any]) -> str:

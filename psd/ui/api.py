@@ -17,23 +17,23 @@ import numpy as np
 import spaces
 import torch
 
+from psd.config import FIELDS
 from psd.errors import RequestError
-from psd.events import ARMS
 from psd.models.needs import check_downloads
 from psd.models.rewards import load_reward
 from psd.safety import check_image, check_text
-from psd.ui.form import ALLOW_DOWNLOAD_HELP, FIELDS, NAMES, checked, help_line
+from psd.ui.form import ALLOW_DOWNLOAD_HELP, NAMES, checked, help_line
 from psd.ui.session import View, clear_errors, embedded_rewards, gpu_seconds, load_result, watch
 
 # The only parameters with a default of their own; all others default to the preset's value.
-API_DEFAULTS = {"prompt": "", "preset": FIELDS["preset"].default, "seed": 0, "compare": True}
+API_DEFAULTS = {name: FIELDS[name].default for name in ("prompt", "preset", "seed", "arms")}
 OUTPUT_HELP = """
 Returns:
     preview: latest preview, the arms tiled left to right.
     status: step, steps, seconds, ETA, warnings, metrics of the step, and the download if there is one before the
         first step; finished is true in the last item.
-    with_preference: the arm with preference guidance (last item only).
-    without_preference: the same seed without it, unless compare is false (last item only).
+    with_preference: the first arm (last item only).
+    without_preference: the same seed without it, where arms names it (last item only).
     scores: raw scores of both arms; the target reward, a mixture's members, the held-out judges (last item only).
     files: both arms' PNG with all settings in their metadata, metrics.csv, run.json (last item only).
 """
@@ -60,8 +60,7 @@ def validate(*values: Any) -> list[dict[str, Any]]:
     try:
         check_downloads(checked(named(settings)), allow_download)
     except RequestError as error:
-        sentence = str(error)
-        blamed = next((name for name in names if sentence.startswith(name)), "prompt")
+        sentence, blamed = str(error), error.field if error.field in names else "prompt"
     return [gr.validate(name != blamed, sentence if name == blamed else "") for name in names]
 
 
@@ -93,7 +92,7 @@ def answer(view: View) -> tuple:
         return preview, status, None, None, None, None
     result = load_result(view.directory)
     status |= {"stopped": result.stopped, "config": view.config.to_dict()}
-    images = [str(result.images[arm]) if arm in result.images else None for arm in ARMS]
+    images = [str(result.images[arm]) if arm in result.images else None for arm in ("with", "without")]
     return preview, status, *images, result.scores, [str(path) for path in result.files]
 
 
@@ -104,10 +103,9 @@ def finite(metrics: dict[str, float]) -> dict[str, float]:
 
 def document(function: Any) -> None:
     """Give `function` the signature and docstring that RunConfig implies; clients and MCP read both."""
-    kinds = {"str": str, "int": int, "float": float, "bool": bool}
     parameters, lines = [], []
     for name, field in FIELDS.items():
-        kind = kinds[field.type] if name in API_DEFAULTS else kinds[field.type] | None
+        kind = field.kind if name in API_DEFAULTS else field.kind | None
         default = API_DEFAULTS.get(name)
         parameters.append(
             inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=kind)

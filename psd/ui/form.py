@@ -7,7 +7,6 @@ Controls, presets, share links and dropped files all speak `RunConfig.to_dict()`
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,8 +15,8 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from psd.config import MAX_PROMPT_CHARS, PRESETS, RunConfig
-from psd.errors import RequestError
+from psd.config import FIELDS, MAX_PROMPT_CHARS, PRESETS, RunConfig, Setting, todays
+from psd.errors import RequestError, shown
 from psd.models.hub import is_cached, is_hub_id
 from psd.models.needs import models_of
 from psd.models.priors.table import PRIORS, DecoderInfo, PriorInfo, gpu_memory
@@ -25,7 +24,6 @@ from psd.models.rewards.table import REWARDS, RewardInfo, reward_terms
 from psd.safety import check_name, check_request
 from psd.scene.mesh import read_glb_extras
 
-FIELDS = {field.name: field for field in dataclasses.fields(RunConfig)}
 NAMES = tuple(FIELDS)
 GROUPS = {
     "method": "Sampling and guidance",
@@ -34,75 +32,31 @@ GROUPS = {
     "object": "Object (3D)",
     "run": "Size and time",
 }
-LABELS = {
-    "gamma": "Guidance scale γ",
-    "t_max": "Noisiest t",
-    "t_min": "Cleanest t",
-    "t_max_end": "Noisiest t at the end (3D)",
-    "t_anneal": "Annealing of t (3D)",
-    "rescale": "Rescaling of x0 (3D)",
-    "rank": "Ranking of views (3D)",
-    "view_prompts": "Name the view to the reward (3D)",
-    "field": "Radiance field",
-    "grid_size": "Grid (voxels)",
-    "render_size": "Training renders (px)",
-    "render_size_end": "Training renders, second half (px)",
-    "samples": "Samples a ray",
-    "lambda_rgb": "λ image space",
-    "lambda_orient": "λ orientation",
-    "lambda_orient_end": "λ orientation, at the end",
-    "lambda_opacity": "λ opacity",
-    "lambda_solid": "λ solidity",
-    "lambda_z_variance": "λ depth variance",
-    "lambda_smooth": "λ smoothness",
-    "mesh_faces": "Triangles of the mesh",
-    "time_shift_low": "Time shift from",
-    "time_shift_high": "Time shift to",
-    "pair": "Noise pair",
-    "update": "Update of x",
-    "lr": "Learning rate of x",
-    "weighting": "Weighting w(t)",
-    "pref_weight": "Weight of δ_pref",
-    "pref_form": "Form of δ_pref",
-    "pref_interval": "Preference every k steps",
-    "x0_from": "Ranked prediction",
-    "negative_lr": "Learning rate of n",
-    "negative_optimizer": "Optimiser of n",
-    "negative_interval": "Update n every k steps",
-    "negative_decay_steps": "Decay of n's rate (steps)",
-    "image_size": "Image size (px)",
-    "fast_decoder": "Rank and preview by TAESD",
-    "time_budget_s": "Time budget (s)",
-    "compare": "Compare with the arm without preference",
-}
 # Number fields whose whole range is worth dragging through, with the step of the handle.
 SLIDER_STEPS = {
     "steps": 1, "gamma": 0.1, "t_max": 0.01, "t_min": 0.01, "t_max_end": 0.01, "t_anneal": 0.05, "rescale": 0.05,
     "time_shift_low": 0.01, "time_shift_high": 0.01, "pref_weight": 0.05,
 }  # fmt: skip
 # A preset says how to draw; these say what, and stay as they are when another preset is chosen.
-KEPT_BY_PRESETS = ("prompt", "seed", "compare")
+KEPT_BY_PRESETS = ("prompt", "seed", "arms")
 MAX_SETTINGS_BYTES = 1_000_000
+TRUTH = {"true": True, "false": False}  # what a link may say
 # No setting: it changes no result, and a link or a preset must not carry somebody's consent.
 ALLOW_DOWNLOAD_HELP = "Fetch models that are not on the server yet; whoever sets it accepts their licences."
 
 
-def label(name: str) -> str:
-    return LABELS.get(name, name.replace("_", " ").capitalize())
-
-
 def help_line(name: str) -> str:
     """The field's own help; over the network a prior is one of the listed names only."""
-    return "Diffusion model." if name == "prior" else FIELDS[name].metadata["help"]
+    return "Diffusion model." if name == "prior" else FIELDS[name].help
 
 
 def control(name: str) -> gr.components.Component:
     """The field's control: choices become radios, wide numbers a slider, the rest a number or a box."""
     field = FIELDS[name]
-    common = {"label": label(name), "value": field.default, "info": field.metadata["help"], "elem_id": name}
-    low, high = field.metadata["low"], field.metadata["high"]
-    if field.metadata["choices"]:
-        return gr.Radio(list(field.metadata["choices"]), **common)
+    common = {"label": field.label, "value": field.default, "info": field.help, "elem_id": name}
+    low, high = field.low, field.high
+    if field.choices:
+        return gr.Radio(list(field.choices), **common)
     if isinstance(field.default, bool):
         return gr.Checkbox(**common)
     if name in SLIDER_STEPS:
@@ -116,7 +70,7 @@ def control(name: str) -> gr.components.Component:
 
 def checked(settings: Mapping[str, Any]) -> RunConfig:
     """The RunConfig a front end asked for: None means the preset's value. Raises RequestError."""
-    settings = {name: number(FIELDS[name], value) for name, value in settings.items() if name in FIELDS}
+    settings = {name: number(FIELDS[name], value) for name, value in todays(settings).items() if name in FIELDS}
     preset = settings.pop("preset", None)
     if preset is not None:
         check_name("preset", str(preset), PRESETS)
@@ -125,7 +79,7 @@ def checked(settings: Mapping[str, Any]) -> RunConfig:
     return config
 
 
-def number(field: dataclasses.Field, value: Any) -> Any:
+def number(field: Setting, value: Any) -> Any:
     """JSON and sliders do not keep 50 and 50.0 apart; give each field the kind it declares, leave all else alone."""
     if isinstance(value, bool):
         return value
@@ -153,15 +107,16 @@ def fill_preset(preset: str) -> list[Any]:
 
 def settings_of_query(query: Mapping[str, str]) -> dict[str, Any]:
     """A share link's settings, complete and checked; {} when it names none. Raises RequestError."""
+    kinds = {name: setting.kind for name, setting in FIELDS.items()} | {"compare": bool}  # of older links
     given: dict[str, Any] = {}
-    for name in NAMES:
+    for name, kind in kinds.items():
         if name not in query:
             continue
-        kind = type(FIELDS[name].default)
         try:
-            given[name] = query[name] == "true" if kind is bool else kind(query[name])
-        except ValueError as error:
-            raise RequestError(f"The link's {name} is not {'a whole ' if kind is int else 'a '}number.") from error
+            given[name] = TRUTH[query[name].lower()] if kind is bool else kind(query[name])
+        except (KeyError, ValueError) as error:
+            expected = {bool: "true or false", int: "a whole number"}.get(kind, "a number")
+            raise RequestError(f"The link's {name} must be {expected}, got {shown(query[name])}.", name) from error
     return checked(given).to_dict() if given else {}
 
 

@@ -7,11 +7,11 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from psd.config import PRESETS, RunConfig
+from psd.config import FIELDS, PRESETS, RunConfig, arm_names
 from psd.errors import RequestError
 from psd.models.priors.table import PRIORS
 from psd.models.rewards.table import REWARDS, reward_terms
-from psd.ui.form import ALLOW_DOWNLOAD_HELP, FIELDS, help_line
+from psd.ui.form import ALLOW_DOWNLOAD_HELP, help_line
 from psd.ui.plots import Series, line_chart
 from psd.ui.session import View
 
@@ -143,10 +143,11 @@ def score(value: float) -> str:
 
 def estimate(config: RunConfig, run_s: float, gpu_s: int = 0, gpu_steps: int = 0) -> str:
     """The line under Run; `gpu_s` seconds of a rented GPU are enough for `gpu_steps` of the steps."""
-    arms = "both arms" if config.compare else "one arm"
+    count = len(arm_names(config.arms))
+    arms = "one arm" if count == 1 else "both arms" if count == 2 else f"{count} arms"
     quota = f" · reserves {gpu_s} s of GPU quota" if gpu_s else ""
     if gpu_s and gpu_steps < config.steps:
-        quota += f", which ends the run after about {gpu_steps} steps: choose fewer, or switch the comparison off"
+        quota += f", which ends the run after about {gpu_steps} steps: choose fewer, or fewer arms"
     return f'<p class="psd-estimate">About {seconds(run_s)} · {config.steps} steps · {arms}{quota}</p>'
 
 
@@ -154,10 +155,10 @@ def parameter_table() -> str:
     """Every parameter of /generate: the dataclass that the endpoint itself is made from, and its one permission."""
     rows = ""
     for name, field in FIELDS.items():
-        choices, low, high = field.metadata["choices"], field.metadata["low"], field.metadata["high"]
-        choices = choices or tuple({"preset": PRESETS, "prior": PRIORS, "reward": REWARDS}.get(name, ()))
+        low, high = field.low, field.high
+        choices = field.choices or tuple({"preset": PRESETS, "prior": PRIORS, "reward": REWARDS}.get(name, ()))
         allowed = ", ".join(choices) if choices else f"{low:g} to {high:.10g}" if low is not None else ""
-        kind = f"{field.type}{f': {allowed}' if allowed else ''}"
+        kind = f"{field.kind.__name__}{f': {allowed}' if allowed else ''}"
         default = repr(field.default) if name != "prompt" else "required"
         rows += (
             f"<tr><th scope='row'><code>{name}</code></th><td data-label='type'>{escape(kind)}</td>"

@@ -22,9 +22,9 @@ import gradio as gr
 import torch
 from PIL import Image
 
-from psd.config import RunConfig
+from psd.config import ARMS, RunConfig, arm_names
 from psd.errors import RequestError
-from psd.events import ARMS, Downloading, Finished, Preview, Started, Step
+from psd.events import Downloading, Finished, Preview, Started, Step
 from psd.models.needs import fetch_models, missing_models
 from psd.models.priors import load_prior
 from psd.models.rewards import load_reward
@@ -43,7 +43,7 @@ EXPORT_S = {"image": 0.2, "3d": 4.5}
 LOAD_S = {"toybox": 1.0, "published": 20.0}
 SECOND_ARM = 0.6  # the arms share one batch: the second costs less than the first
 # What a step's time depends on: a run's estimate is measured on the last run that agrees in all of it.
-WORK = ("prior", "reward", "compare", "method", "image_size", "pref_interval", "negative_interval", "field",
+WORK = ("prior", "reward", "arms", "method", "image_size", "pref_interval", "negative_interval", "field",
         "grid_size", "render_size", "render_size_end", "samples", "fast_decoder")  # fmt: skip
 MAX_GPU_S = 120  # asked of ZeroGPU for one run at most; visitors have minutes a day
 measured_step_s: dict[tuple, float] = {}
@@ -201,10 +201,10 @@ def kind_of(config: RunConfig) -> str:
 
 def estimate_s(config: RunConfig) -> float:
     """Seconds this run will take: measured on this process's last such run, else a guess."""
-    guess = STEP_S[kind_of(config), config.mode] * (1 + SECOND_ARM * config.compare)
+    guess = STEP_S[kind_of(config), config.mode] * (1 + SECOND_ARM * (len(arm_names(config.arms)) - 1))
     seconds = config.steps * measured_step_s.get(work_of(config), guess)
     seconds = min(seconds, BUDGET_SHARE * config.time_budget_s) if config.time_budget_s else seconds
-    return seconds + EXPORT_S[config.mode] * (1 + config.compare)
+    return seconds + EXPORT_S[config.mode] * len(arm_names(config.arms))
 
 
 def gpu_seconds(config: RunConfig) -> int:
@@ -230,7 +230,7 @@ def clear_errors() -> Iterator[None]:
         raise
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":
-            sentence = "The device ran out of memory: choose a smaller image size or switch the comparison off."
+            sentence = "The device ran out of memory: choose a smaller image size or fewer arms."
         else:
             reference = secrets.token_hex(4)
             log.exception("run failed, reference %s", reference)

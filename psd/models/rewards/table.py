@@ -106,13 +106,15 @@ def reward_terms(text: str) -> dict[str, float]:
     terms: dict[str, float] = {}
     parts = text.split("+")
     if len(parts) > MAX_MEMBERS:
-        raise RequestError(f"reward mixes {len(parts)} models, at most {MAX_MEMBERS} are allowed: leave some out.")
+        raise RequestError(
+            f"reward mixes {len(parts)} models, at most {MAX_MEMBERS} are allowed: leave some out.", "reward"
+        )
     for part in parts:
         *number, name = part.split() or [""]
         if name not in REWARDS:
-            raise RequestError(unknown_name("reward", name, REWARDS, f", or a mixture such as {EXAMPLE!r}"))
+            raise RequestError(unknown_name("reward", name, REWARDS, f", or a mixture such as {EXAMPLE!r}"), "reward")
         if name in terms:
-            raise RequestError(f"reward names {name} twice: give it once, with one weight.")
+            raise RequestError(f"reward names {name} twice: give it once, with one weight.", "reward")
         try:
             weight = float(" ".join(number) or 1)
         except ValueError:
@@ -120,7 +122,8 @@ def reward_terms(text: str) -> dict[str, float]:
         if not MIN_WEIGHT <= weight <= MAX_WEIGHT:  # nan is not, either
             raise RequestError(
                 f"reward weight of {name} must be a number from {MIN_WEIGHT:g} to {MAX_WEIGHT:g}, "
-                f"as in {EXAMPLE!r}, got {shown(' '.join(number))}."
+                f"as in {EXAMPLE!r}, got {shown(' '.join(number))}.",
+                "reward",
             )
         terms[name] = weight
     return terms
