@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
@@ -39,9 +39,14 @@ def export_json(path: Path, content: dict[str, Any]) -> None:
     write_file(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def to_uint8(image: Float[Tensor, "3 H W"]) -> np.ndarray:
-    """[H, W, 3] bytes of an image in [0, 1]."""
-    return (image.permute(1, 2, 0) * 255).round().byte().cpu().numpy()
+def to_uint8(images: Float[Tensor, "*batch 3 H W"]) -> UInt8[np.ndarray, "*batch H W 3"]:
+    """Bytes of images in [0, 1], channels last."""
+    return to_bytes(images.detach().movedim(-3, -1).float().cpu().numpy())
+
+
+def to_bytes(values: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
+    """[0, 1] as 0 to 255, rounded; what lies beyond is cut off, and NaN counts as 0."""
+    return (np.nan_to_num(values).clip(0, 1) * 255).round().astype(np.uint8)
 
 
 def write_file(path: Path, data: bytes) -> None:

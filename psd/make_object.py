@@ -19,10 +19,11 @@ from psd.models.priors.table import prior_info
 from psd.object3d import ObjectArm, ObjectStep, distil_object, start_field, view_scorer
 from psd.scene.cameras import Cameras, orbit_cameras
 from psd.scene.fields import ConstantBackground, DirectionalBackground
-from psd.scene.mesh import EmptyScene, export_glb, export_obj_zip, export_ply, extract_mesh
+from psd.scene.files import export_glb, export_obj_zip, export_ply
+from psd.scene.mesh import EmptyScene, extract_mesh
 from psd.scene.render import Rendering, render_views
 from psd.scene.rig import Frame, Rig
-from psd.scene.turntable import bytes_of, depth_picture, export_turntable, normal_picture, turntable_frames
+from psd.scene.turntable import depth_picture, export_turntable, normal_picture, turntable_frames
 
 SCORED_VIEWS = 12
 PREVIEW_VIEWS, PREVIEW_PX = 4, 64
@@ -70,7 +71,7 @@ class MakeObject:
     def preview(self, state: ObjectStep, views: Tensor) -> np.ndarray:
         """Four sides of every arm's object, a row an arm; always from the same cameras, so that nothing jumps."""
         rows = [self._look(arm, self._around(PREVIEW_VIEWS), PREVIEW_PX, fine=1).rgb for arm in self.arms.values()]
-        return to_uint8(torch.cat([torch.cat(list(row), -1) for row in rows], -2).clamp(0, 1))
+        return to_uint8(torch.cat([torch.cat(list(row), -1) for row in rows], -2))
 
     def export(
         self, state: ObjectStep, directory: Path, settings: dict[str, Any], rewards: dict[str, Reward]
@@ -86,7 +87,7 @@ class MakeObject:
             about = {**settings, "arm": name, "scores": scores[name]}
             images[name] = files[f"{name}.png"] = directory / f"{name}.png"
             front = self._look(arm, self._around(1, FRONT_AZIMUTH_DEG), FRONT_PX)
-            export_png(images[name], bytes_of(front.rgb)[0], about)
+            export_png(images[name], to_uint8(front.rgb)[0], about)
             files |= self._pictures(name, arm, directory, about)
             made, remarks["meshes"][name] = self._mesh(name, arm, directory, about)
             files |= made
@@ -112,7 +113,7 @@ class MakeObject:
         """Four sides in colour, depth and normals; the turntable."""
         seen = self._look(arm, self._around(4), SHEET_PX, with_normals=True)
         rows = [
-            np.concatenate(list(bytes_of(seen.rgb)), 1),
+            np.concatenate(list(to_uint8(seen.rgb)), 1),
             np.concatenate(list(depth_picture(seen)), 1),
             np.concatenate(list(normal_picture(seen)), 1),
         ]

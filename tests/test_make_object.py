@@ -21,7 +21,7 @@ from psd.models.priors import load_prior
 from psd.models.priors.mvdream import MVDreamPrior, start_from
 from psd.models.priors.table import prior_info
 from psd.safety import check_request
-from psd.scene.mesh import read_glb_extras
+from psd.scene.files import read_glb_extras
 from tests.test_priors import make_prior_folder
 
 ARM_FILES = [".png", "_views.png", ".mp4", ".glb", ".ply", ".zip"]

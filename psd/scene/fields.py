@@ -29,6 +29,11 @@ class Field(nn.Module):
         super().__init__()
         self.radius, self.density_bias = radius, density_bias
 
+    @property
+    def device(self) -> torch.device:
+        """Where the field computes; one without parameters and buffers on the CPU."""
+        return next((tensor.device for tensor in [*self.parameters(), *self.buffers()]), torch.device("cpu"))
+
     def forward(self, x: Float[Tensor, "N 3"]) -> tuple[Float[Tensor, " N"], Float[Tensor, "N 3"]]:
         """Density and rgb in [0, 1]."""
         raw, features = self.raw_features(x)

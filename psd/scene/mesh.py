@@ -1,59 +1,33 @@
-"""A field as a triangle mesh with vertex colours and a baked texture, and its files: GLB, PLY, OBJ in a zip.
+"""A field as a triangle mesh with vertex colours and a baked texture.
 
 density on a grid -> level with the render's silhouette -> marching cubes -> parts -> decimation -> normals -> colours
-seen along the inward normals -> texture atlas. A Mesh is in world coordinates (z-up, front +x); each file says which
-axes it has. The colours are the field's: sRGB, with the light that it holds. Knows nothing of how a field came about.
+and texture (texture.py). A Mesh is in world coordinates (z-up, front +x). Knows nothing of files or of how a field came
+about.
 """
 
 from __future__ import annotations
 
-import io
-import json
-import struct
 import threading
-import zipfile
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int, Int32, UInt8
-from PIL import Image
+from jaxtyping import Float32, Int, Int32, UInt8
 
 from psd.errors import RequestError
-from psd.export import write_file
+from psd.export import to_bytes
 from psd.scene.fields import Field
+from psd.scene.texture import CHUNK, Atlas, baked, surface_colours, unwrapped
 
-CHUNK = 2**17  # points per call of the field: what bounds the memory of a hash grid
 SLACK = 0.01  # of the object's outline: what a mesh's silhouette may be worse than the best level's
 MIN_PART = 0.03  # surface of a part that is kept, relative to the largest one: an object beside another, no floaters
-COLOUR_STEPS = range(-2, 6)  # grid cells below a surface point that its colour is gathered from
-SLANT = 2.0  # mean of 1 / cos over the directions that see a surface, each weighted by cos, the size it is seen at
-PIECE_FACES = 1250  # of the surface that are unwrapped together
-PADDING_PX = 4  # between charts of the atlas: two texels of each survive in the second mipmap
-ROUGHNESS = 0.9
-CLAMP_TO_EDGE = 33071  # glTF takes OpenGL's numbers
-EXTRAS_KEY = "psd"  # of the GLB's asset.extras, where the settings are
-MAX_HEADER_BYTES = 2**20  # a GLB's JSON that is read for its settings
 
 _DECIMATION_LOCK = threading.Lock()
 
 
 class EmptyScene(RequestError):
     """There is nothing solid in the field to make a mesh of; one sentence with advice."""
-
-
-class Atlas(NamedTuple):
-    """Where the triangles lie in the texture.
-
-    It has corners of its own, because a vertex on a seam lies in several charts: corner `faces[f, k]` is that of vertex
-    `vertices[faces[f, k]]`, the mesh's own `faces[f, k]`. uv starts at the texture's lower left, v upwards.
-    """
-
-    uv: Float32[np.ndarray, "U 2"]
-    vertices: Int32[np.ndarray, " U"]
-    faces: Int32[np.ndarray, "F 3"]
 
 
 @dataclass(frozen=True)
@@ -94,7 +68,7 @@ def extract_mesh(
     vertices, faces = main_parts(*isosurface(density, level, field.radius))
     vertices, faces = decimated(vertices, faces, target_faces)
     normals = vertex_normals(vertices, faces)
-    colours = to_uint8(surface_colours(field, vertices, normals, cell))
+    colours = to_bytes(surface_colours(field, vertices, normals, cell))
     atlas = unwrapped(vertices, faces, texture_px)
     texture = baked(field, cell, vertices, normals, colours, atlas, texture_px)
     reason = open_because(faces)
@@ -104,7 +78,7 @@ def extract_mesh(
 
 def density_grid(field: Field, resolution: int) -> Float32[np.ndarray, "{resolution} {resolution} {resolution}"]:
     """Density at the corners of a regular grid over the whole box, axes (x, y, z)."""
-    axis = torch.linspace(-field.radius, field.radius, resolution, device=device_of(field))
+    axis = torch.linspace(-field.radius, field.radius, resolution, device=field.device)
     density = []
     with torch.no_grad():
         # x fastest, as the memory of a voxel grid: the other way round takes ten times as long.
@@ -232,213 +206,3 @@ def open_because(faces: Int32[np.ndarray, "F 3"]) -> str:
     if balance.any():
         return f"{(balance != 0).sum()} edges lie between faces of opposite winding"
     return ""
-
-
-def surface_colours(
-    field: Field, points: Float32[np.ndarray, "N 3"], normals: Float32[np.ndarray, "N 3"], cell: float
-) -> Float32[np.ndarray, "N 3"]:
-    """What the volume render shows there: sum w c / sum w down the normal from a little outside, w a ray's weights.
-
-    A ray comes slanting, and its way through each layer is longer by SLANT. The colour of the point itself is that of
-    the haze around the object, which no ray sees alone: against renders of fields of 300 steps its error is twice this
-    one's. A single sample below the surface does as well on some fields only.
-    """
-    device = device_of(field)
-    depth = cell * torch.tensor(COLOUR_STEPS, device=device)
-    colours = []
-    with torch.no_grad():
-        for point, normal in zip(*(torch.from_numpy(rows).split(CHUNK // len(depth)) for rows in (points, normals))):
-            along = point.to(device)[:, None] - normal.to(device)[:, None] * depth[:, None]
-            density, rgb = field(along.view(-1, 3))
-            thickness = density.view(-1, len(depth)) * (SLANT * cell)
-            # Where all is clear every sample counts alike.
-            weights = torch.exp(thickness - thickness.cumsum(1)) * -torch.expm1(-thickness) + 1e-8
-            mean = (weights[..., None] * rgb.view(*weights.shape, 3)).sum(1) / weights.sum(1, keepdim=True)
-            colours.append(mean.float().cpu())
-    return torch.cat(colours).numpy()
-
-
-def unwrapped(vertices: Float32[np.ndarray, "V 3"], faces: Int32[np.ndarray, "F 3"], texture_px: int) -> Atlas:
-    """Charts of the surface side by side in the unit square.
-
-    xatlas gets the surface in pieces: its time grows with the square of their size, the number of charts does not fall.
-    """
-    import xatlas
-
-    atlas, pieces = xatlas.Atlas(), pieces_of(vertices[faces].mean(1), np.arange(len(faces)))
-    for piece in pieces:
-        atlas.add_mesh(vertices, faces[piece].astype(np.uint32))
-    pack = xatlas.PackOptions()
-    pack.resolution, pack.padding = texture_px, PADDING_PX
-    atlas.generate(xatlas.ChartOptions(), pack)
-    uv, uv_vertices, uv_faces, corners = [], [], np.empty_like(faces), 0
-    for i, piece in enumerate(pieces):
-        piece_vertices, piece_faces, piece_uv = atlas[i]
-        uv_faces[piece] = piece_faces + np.uint32(corners)
-        corners += len(piece_uv)
-        uv.append(piece_uv)
-        uv_vertices.append(piece_vertices)
-    return Atlas(np.concatenate(uv).clip(0, 1), np.concatenate(uv_vertices).astype(np.int32), uv_faces)
-
-
-def pieces_of(centres: Float32[np.ndarray, "F 3"], index: Int[np.ndarray, " N"]) -> list[Int[np.ndarray, " P"]]:
-    """Faces (`index` of them, by their centres) halved across their longest extent until PIECE_FACES are left."""
-    if len(index) <= PIECE_FACES:
-        return [index]
-    axis = np.ptp(centres[index], axis=0).argmax()
-    index = index[np.argsort(centres[index, axis], kind="stable")]
-    half = len(index) // 2
-    return pieces_of(centres, index[:half]) + pieces_of(centres, index[half:])
-
-
-def baked(
-    field: Field,
-    cell: float,
-    vertices: Float32[np.ndarray, "V 3"],
-    normals: Float32[np.ndarray, "V 3"],
-    colours: UInt8[np.ndarray, "V 3"],
-    atlas: Atlas,
-    texture_px: int,
-) -> UInt8[np.ndarray, "{texture_px} {texture_px} 3"]:
-    """The texture: `surface_colours` at every texel whose centre is in a triangle, elsewhere the nearest texel's.
-
-    So neither bilinear lookups nor mipmaps mix in a colour that is not the surface's. Under a corner whose texel's
-    centre no triangle has, the texel takes the vertex's colour: a chart may be smaller than a texel.
-    """
-    from scipy.ndimage import distance_transform_edt
-
-    corners = (atlas.uv * [1, -1] + [0, 1]) * texture_px
-    texel, face, barycentric = covered_texels(corners[atlas.faces], texture_px)
-    at = atlas.vertices[atlas.faces[face]]
-    points = np.einsum("nk,nki->ni", barycentric, vertices[at])
-    towards = np.einsum("nk,nki->ni", barycentric, normals[at])
-    towards /= np.maximum(np.linalg.norm(towards, axis=1, keepdims=True), 1e-20)
-    texture, blank = np.zeros((texture_px**2, 3), np.uint8), np.ones(texture_px**2, bool)
-    column, row = corners.astype(np.int64).clip(0, texture_px - 1).T
-    under = row * texture_px + column
-    texture[under], blank[under] = colours[atlas.vertices], False
-    texture[texel], blank[texel] = to_uint8(surface_colours(field, points, towards, cell)), False
-    square = (texture_px, texture_px)
-    row, column = distance_transform_edt(blank.reshape(square), return_distances=False, return_indices=True)
-    return texture.reshape(*square, 3)[row, column]
-
-
-def covered_texels(
-    corners: Float[np.ndarray, "F 3 2"], size: int
-) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " N"], Float32[np.ndarray, "N 3"]]:
-    """Texels (row * size + column) whose centre is in a triangle, that triangle, and the centre's place in it.
-
-    Corners are (column, row) in texels; the centre of texel (0, 0) is at (0.5, 0.5). Barycentric weights follow the
-    corners' order.
-    """
-    first = np.ceil(corners.min(1) - 0.5).astype(np.int64).clip(0)
-    last = np.floor(corners.max(1) - 0.5).astype(np.int64).clip(max=size - 1)
-    width, height = (last - first + 1).clip(0).T
-    count = width * height
-    face = np.repeat(np.arange(len(corners)), count)
-    place = np.arange(len(face)) - np.repeat(np.cumsum(count) - count, count)  # within the triangle's bounding box
-    column, row = first[face, 0] + place % width[face], first[face, 1] + place // width[face]
-    a, b, c = corners.transpose(1, 0, 2)
-    (x_b, y_b), (x_c, y_c) = (b - a).T, (c - a).T
-    area = x_b * y_c - x_c * y_b
-    area = np.where(area == 0, np.inf, area)  # a triangle without area covers nothing but its own line
-    x, y = column + 0.5 - a[face, 0], row + 0.5 - a[face, 1]
-    weight_b = (x * y_c[face] - y * x_c[face]) / area[face]
-    weight_c = (y * x_b[face] - x * y_b[face]) / area[face]
-    barycentric = np.stack([1 - weight_b - weight_c, weight_b, weight_c], 1).astype(np.float32)
-    inside = (barycentric >= 0).all(1) & np.isfinite(area)[face]
-    return (row * size + column)[inside], face[inside], barycentric[inside]
-
-
-def to_uint8(rgb: Float32[np.ndarray, "N 3"]) -> UInt8[np.ndarray, "N 3"]:
-    return (rgb.clip(0, 1) * 255).round().astype(np.uint8)
-
-
-def y_up(rows: Float32[np.ndarray, "N 3"]) -> Float32[np.ndarray, "N 3"]:
-    """World axes to glTF's: up, our z, is y there, and the front, our x, is z, which viewers look at first."""
-    return rows[:, [1, 2, 0]]
-
-
-def export_glb(mesh: Mesh, path: Path, extras: dict[str, Any]) -> None:
-    """Binary glTF 2.0, y-up: normals, base colour texture (sRGB), rough non-metal; `extras` as JSON in asset.extras.
-
-    A number in `extras` that is not finite becomes null.
-    No COLOR_0: a viewer would multiply it with the texture. One-sided, so that viewers can leave out the back faces;
-    two-sided where the mesh has holes to look through.
-    """
-    import trimesh
-
-    material = trimesh.visual.material.PBRMaterial(
-        name="surface",
-        baseColorTexture=Image.fromarray(mesh.texture),
-        metallicFactor=0.0,
-        roughnessFactor=ROUGHNESS,
-        doubleSided=not mesh.report["watertight"],
-    )
-    model = trimesh.Trimesh(
-        y_up(mesh.vertices)[mesh.atlas.vertices],
-        mesh.atlas.faces,
-        vertex_normals=y_up(mesh.normals)[mesh.atlas.vertices],
-        visual=trimesh.visual.TextureVisuals(mesh.atlas.uv, material=material),
-        process=False,
-    )
-    # Through JSON first: trimesh would write what JSON does not know in its own way, and NaN makes browsers refuse all.
-    extras = json.loads(json.dumps(extras), parse_constant=lambda _: None)
-
-    def finish(tree: dict[str, Any]) -> None:
-        tree["asset"]["extras"] = {EXTRAS_KEY: extras}
-        tree["samplers"] = [{"wrapS": CLAMP_TO_EDGE, "wrapT": CLAMP_TO_EDGE}]  # charts touch the texture's edges
-        tree["textures"][0]["sampler"] = 0
-
-    write_file(path, model.export(file_type="glb", include_normals=True, tree_postprocessor=finish))
-
-
-def read_glb_extras(path: Path) -> dict[str, Any]:
-    """The settings that `export_glb` wrote. Reads the JSON at the file's beginning alone. Raises RequestError."""
-    try:
-        with path.open("rb") as file:
-            magic, _, _, length, kind = struct.unpack("<4sIII4s", file.read(20))
-            if (magic, kind) != (b"glTF", b"JSON") or length > MAX_HEADER_BYTES:
-                raise ValueError("not a GLB of ours")
-            return dict(json.loads(file.read(length))["asset"]["extras"][EXTRAS_KEY])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, struct.error) as error:
-        raise RequestError("This file carries no settings: drop a GLB that this app wrote.") from error
-
-
-def export_ply(mesh: Mesh, path: Path) -> None:
-    """Binary PLY with normals and vertex colours (sRGB, as is usual), in world axes: z-up, front +x."""
-    import trimesh
-
-    model = trimesh.Trimesh(
-        mesh.vertices, mesh.faces, vertex_normals=mesh.normals, vertex_colors=mesh.colours, process=False
-    )
-    write_file(path, model.export(file_type="ply", vertex_normal=True))
-
-
-def export_obj_zip(mesh: Mesh, path: Path) -> None:
-    """mesh.obj, mesh.mtl and texture.png in one zip, y-up. Faces share vertices across the texture's seams."""
-    lines = io.StringIO()
-    lines.write("mtllib mesh.mtl\no mesh\nusemtl surface\n")
-    for name, rows in (("v", y_up(mesh.vertices)), ("vt", mesh.atlas.uv), ("vn", y_up(mesh.normals))):
-        row = name + rows.shape[1] * " %.5f" + "\n"
-        lines.write((row * len(rows)) % tuple(rows.ravel().tolist()))
-    corners = np.stack([mesh.faces, mesh.atlas.faces, mesh.faces], -1) + 1
-    lines.write(("f %d/%d/%d %d/%d/%d %d/%d/%d\n" * len(corners)) % tuple(corners.ravel().tolist()))
-    material = "newmtl surface\nKd 1 1 1\nKs 0 0 0\nillum 1\nmap_Kd texture.png\n"
-    data = io.BytesIO()
-    with zipfile.ZipFile(data, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-        archive.writestr("mesh.obj", lines.getvalue())
-        archive.writestr("mesh.mtl", material)
-        archive.writestr("texture.png", png(mesh.texture), zipfile.ZIP_STORED)
-    write_file(path, data.getvalue())
-
-
-def png(image: UInt8[np.ndarray, "H W 3"]) -> bytes:
-    data = io.BytesIO()
-    Image.fromarray(image).save(data, "PNG")
-    return data.getvalue()
-
-
-def device_of(field: Field) -> torch.device:
-    """Where a field computes; one without parameters and buffers on the CPU."""
-    return next((tensor.device for tensor in [*field.parameters(), *field.buffers()]), torch.device("cpu"))

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
-from torch import Tensor
+from jaxtyping import UInt8
 
 from psd.export import to_uint8
 from psd.scene.cameras import orbit_cameras
@@ -35,7 +34,7 @@ def turntable_frames(
     cameras = orbit_cameras(count, **orbit).to(device)
     for i in range(count):
         seen = render_views(field, background, cameras[i : i + 1], size, samples=samples, occupancy=occupancy)
-        yield to_uint8(seen.rgb[0].clamp(0, 1))
+        yield to_uint8(seen.rgb[0])
 
 
 def export_turntable(path: Path, frames: Iterable[UInt8[np.ndarray, "H W 3"]], fps: int = 24) -> None:
@@ -89,16 +88,12 @@ def depth_picture(seen: Rendering) -> UInt8[np.ndarray, "B H W 3"]:
     distance = seen.depth / seen.opacity.clamp(min=1e-5)
     solid = distance[seen.opacity > 0.5]
     if not len(solid):
-        return bytes_of(torch.zeros_like(seen.foreground))
+        return to_uint8(torch.zeros_like(seen.foreground))
     near, far = torch.quantile(solid, solid.new_tensor([0.01, 0.99]))
     grey = 1 - 0.8 * ((distance - near) / (far - near).clamp(min=1e-5)).clamp(0, 1)
-    return bytes_of((grey * seen.opacity).expand_as(seen.foreground))
+    return to_uint8((grey * seen.opacity).expand_as(seen.foreground))
 
 
 def normal_picture(seen: Rendering) -> UInt8[np.ndarray, "B H W 3"]:
     """World normals as colours, rgb = (n + 1) / 2, on grey. The rendering needs its normals."""
-    return bytes_of((seen.normal * seen.opacity + 1) / 2)
-
-
-def bytes_of(images: Float[Tensor, "B 3 H W"]) -> UInt8[np.ndarray, "B H W 3"]:
-    return np.stack([to_uint8(image.clamp(0, 1)) for image in images])
+    return to_uint8((seen.normal * seen.opacity + 1) / 2)

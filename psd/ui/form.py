@@ -22,7 +22,7 @@ from psd.models.needs import models_of
 from psd.models.priors.table import PRIORS, DecoderInfo, PriorInfo, gpu_memory
 from psd.models.rewards.table import REWARDS, RewardInfo, reward_terms
 from psd.safety import check_name, check_request
-from psd.scene.mesh import read_glb_extras
+from psd.scene.files import read_glb_extras
 
 NAMES = tuple(FIELDS)
 GROUPS = {
