@@ -17,12 +17,11 @@ from psd.scene.fields import (
     DirectionalBackground,
     Field,
     HashField,
-    HashGrid,
     Interpolation,
     VoxelField,
-    corner_weights,
     spherical_harmonics,
 )
+from psd.scene.hashgrid import HashGrid, corner_weights
 
 GOLDEN = Path(__file__).parent / "golden" / "nerf"
 
