@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from itertools import product
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -44,6 +45,18 @@ def corner_weights(fraction: Float[Tensor, "3 N"], slope: int | None = None) -> 
     return weight
 
 
+def level_scales(levels: int, base_resolution: int, growth: float) -> list[float]:
+    """exp2(level * log2(growth)) * base - 1, each operation rounded to float32 as in tiny-cuda-nn.
+
+    One bit of the finest scale moves the encoding there by up to 2e-4. torch's exp2 has another last bit on another
+    processor, numpy's likewise; the C library's in float64, rounded once, has the same on all.
+    """
+    growth_log2 = np.float32(math.log2(np.float32(growth)))
+    exponents = np.arange(levels, dtype=np.float32) * growth_log2
+    powers = np.array([math.exp2(exponent) for exponent in exponents], np.float32)
+    return (powers * np.float32(base_resolution) - np.float32(1)).tolist()
+
+
 class HashGrid(nn.Module):
     """Multi-resolution hash encoding of the unit cube (Mueller et al. 2022), number for number as in tiny-cuda-nn.
 
@@ -59,10 +72,7 @@ class HashGrid(nn.Module):
 
     def __init__(self, levels: int, log2_size: int, base_resolution: int, growth: float):
         super().__init__()
-        # float32 throughout, as there: one bit of the finest scale moves the encoding there by up to 2e-4.
-        growth_log2 = torch.log2(torch.tensor(growth, dtype=torch.float32))
-        scales = torch.exp2(torch.arange(levels) * growth_log2) * base_resolution - 1
-        self.scales = scales.tolist()
+        self.scales = level_scales(levels, base_resolution, growth)
         self.resolutions = [math.ceil(scale) + 1 for scale in self.scales]
         self.sizes = [min(-(-(resolution**3) // 8) * 8, 2**log2_size) for resolution in self.resolutions]
         self.width = levels * self.features
