@@ -339,25 +339,19 @@ def test_a_cell_is_filled_if_crossing_it_takes_a_hundredth_of_the_light(density:
     occupancy = Occupancy(1.0, resolution=20)
     occupancy.update(Two(1.0), seeded(0))
     assert occupancy.density.mean() > 0.1
-    assert bool(occupancy.occupied(torch.tensor([[0.75, 0.75, 0.75]]))) == kept
-    assert occupancy.occupied(torch.tensor([[-0.75, -0.75, -0.75], [0.0, 0.0, 0.0]])).tolist() == [True, False]
+    diagonal, t = torch.ones(1, 3), torch.tensor([[-0.75, 0.0, 0.75]])
+    assert occupancy.along(torch.zeros(1, 3), diagonal, t).tolist() == [[True, False, kept]]
 
 
-def test_occupied_looks_up_the_cell_of_a_point():
+def test_an_occupancy_looks_up_the_cells_of_points_along_rays():
     occupancy = Occupancy(0.8, resolution=5)
     occupancy.cells = torch.rand(5, 5, 5, generator=seeded(0)) < 0.5
-    points = torch.rand(500, 3, generator=seeded(1)) * 2 - 1  # some outside the box
-    want = []
-    for point in points.tolist():
-        i, j, k = (math.floor((value + 0.8) / 0.32) for value in point)
-        want.append(all(0 <= index < 5 for index in (i, j, k)) and occupancy.cells[i, j, k].item())
-    assert occupancy.occupied(points).tolist() == want
-    directions, t = F.normalize(torch.randn(500, 3, generator=seeded(2)), dim=-1), torch.tensor([[0.0, 0.1]])
-    inside = (points.abs() < 0.6).all(-1)
-    along = occupancy.along(points[inside], directions[inside], t.expand(int(inside.sum()), 2))
-    for k in range(2):
-        moved = points[inside] + t[0, k] * directions[inside]
-        assert torch.equal(along[:, k], occupancy.occupied(moved))
+    origins = torch.rand(500, 3, generator=seeded(1)) * 1.2 - 0.6
+    directions, t = F.normalize(torch.randn(500, 3, generator=seeded(2)), dim=-1), torch.tensor([0.0, 0.1, -0.15])
+    along = occupancy.along(origins, directions, t.expand(500, 3))
+    for k in range(3):
+        cells = ((origins + t[k] * directions + 0.8) / 0.32).floor().long()
+        assert torch.equal(along[:, k], occupancy.cells[tuple(cells.T)])
 
 
 def test_views_are_the_same_pictures_in_chunks_without_gradient(monkeypatch):

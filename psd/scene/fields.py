@@ -119,13 +119,6 @@ class VoxelField(Field):
         across = (self.resolution - 1) / (2 * self.radius)
         return sum(self.voxels.diff(dim=axis).square().mean() for axis in (2, 3, 4)) * across**2
 
-    def upsampled(self, resolution: int) -> VoxelField:
-        """The same function on a finer grid (to the letter where resolution - 1 is a multiple of this one's)."""
-        finer = VoxelField(resolution, self.radius, self.density_bias, self.learning_rate).to(self.voxels.device)
-        with torch.no_grad():
-            finer.voxels.copy_(F.interpolate(self.voxels, size=(resolution,) * 3, mode="trilinear", align_corners=True))
-        return finer
-
     def _cells(self, x: Float[Tensor, "N 3"]) -> tuple[Int[Tensor, "N 8"], Float[Tensor, "3 N"]]:
         """Rows of the flat grid at the corners of each point's cell, and the point's place in the cell."""
         size = self.resolution
