@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import struct
+import time
 import zipfile
 from pathlib import Path
 
@@ -155,3 +156,11 @@ def test_obj_zip_is_complete_and_closed(mesh: Mesh, tmp_path: Path):
     assert uv == pytest.approx(mesh.atlas.uv, abs=1e-5)
     assert np.array_equal(corners, np.stack([mesh.faces, mesh.atlas.faces, mesh.faces], -1))
     assert trimesh.Trimesh(vertices, corners[..., 0], process=False).is_watertight
+
+
+def test_the_same_mesh_gives_the_same_zip_at_any_time(mesh: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    export_obj_zip(mesh, tmp_path / "now.zip")
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 86400)
+    export_obj_zip(mesh, tmp_path / "tomorrow.zip")
+    assert (tmp_path / "now.zip").read_bytes() == (tmp_path / "tomorrow.zip").read_bytes()

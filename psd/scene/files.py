@@ -88,7 +88,10 @@ def export_ply(mesh: Mesh, path: Path) -> None:
 
 
 def export_obj_zip(mesh: Mesh, path: Path) -> None:
-    """mesh.obj, mesh.mtl and texture.png in one zip, y-up. Faces share vertices across the texture's seams."""
+    """mesh.obj, mesh.mtl and texture.png in one zip, y-up. Faces share vertices across the texture's seams.
+
+    The same mesh gives the same bytes: no entry holds the time it was written at.
+    """
     lines = io.StringIO()
     lines.write("mtllib mesh.mtl\no mesh\nusemtl surface\n")
     for name, rows in (("v", y_up(mesh.vertices)), ("vt", mesh.atlas.uv), ("vn", y_up(mesh.normals))):
@@ -98,10 +101,10 @@ def export_obj_zip(mesh: Mesh, path: Path) -> None:
     lines.write(("f %d/%d/%d %d/%d/%d %d/%d/%d\n" * len(corners)) % tuple(corners.ravel().tolist()))
     material = "newmtl surface\nKd 1 1 1\nKs 0 0 0\nillum 1\nmap_Kd texture.png\n"
     data = io.BytesIO()
-    with zipfile.ZipFile(data, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-        archive.writestr("mesh.obj", lines.getvalue())
-        archive.writestr("mesh.mtl", material)
-        archive.writestr("texture.png", png(mesh.texture), zipfile.ZIP_STORED)
+    with zipfile.ZipFile(data, "w") as archive:
+        archive.writestr(zipfile.ZipInfo("mesh.obj"), lines.getvalue(), zipfile.ZIP_DEFLATED, compresslevel=1)
+        archive.writestr(zipfile.ZipInfo("mesh.mtl"), material, zipfile.ZIP_DEFLATED, compresslevel=1)
+        archive.writestr(zipfile.ZipInfo("texture.png"), png(mesh.texture))
     write_file(path, data.getvalue())
 
 
