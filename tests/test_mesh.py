@@ -15,7 +15,7 @@ import trimesh
 
 from psd.errors import RequestError
 from psd.scene import mesh as meshes
-from psd.scene.fields import Field
+from psd.scene.fields import Field, VoxelField
 from psd.scene.mesh import EmptyScene, Mesh, extract_mesh
 from tests.solids import Balls, Shape, around, overlapping, seen_of
 
@@ -213,6 +213,16 @@ def test_an_empty_scene_says_what_to_do(density, threshold: float | str, message
         extract_mesh(Shape(density), resolution=24, threshold=threshold)
     assert isinstance(error.value, RequestError)
     assert isinstance(error.value, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("channels", "what"), [(slice(0, 1), "density"), (slice(1, 4), "colour"), (slice(4), "density")]
+)
+def test_a_diverged_field_has_no_mesh(channels: slice, what: str):
+    field = VoxelField(8)
+    field.voxels.data[:, channels] = torch.nan
+    with pytest.raises(EmptyScene, match=f"The scene's {what} is not a number: the run diverged"):
+        extract_mesh(field, resolution=24, texture_px=64)
 
 
 @pytest.mark.parametrize("threshold", [0, -1.0, float("nan"), "otsu"])

@@ -10,9 +10,10 @@ import pytest
 import torch
 from av.video.reformatter import Colorspace
 
+from psd.export import to_uint8
 from psd.scene.cameras import orbit_cameras
-from psd.scene.fields import ConstantBackground, Field
-from psd.scene.render import Rendering, render_views
+from psd.scene.fields import ConstantBackground, Field, VoxelField
+from psd.scene.render import Occupancy, Rendering, render_views
 from psd.scene.turntable import depth_picture, export_turntable, normal_picture, read_frame, turntable_frames
 
 
@@ -131,6 +132,28 @@ def test_depth_picture_is_brightest_where_the_ball_is_nearest(seen: Rendering):
 def test_depth_picture_of_nothing_is_black(seen: Rendering):
     empty = seen._replace(opacity=torch.zeros_like(seen.opacity), depth=torch.zeros_like(seen.depth))
     assert not depth_picture(empty).any()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("channels", [slice(0, 1), slice(1, 4), slice(4)])
+def test_pictures_of_a_diverged_field_are_pictures(channels: slice):
+    field = VoxelField(8)
+    field.voxels.data[:, channels] = torch.nan
+    occupancy = Occupancy(1.0)
+    occupancy.update(field, torch.Generator().manual_seed(0))
+    seen = render_views(
+        field, ConstantBackground(), orbit_cameras(2), 16, samples=16, occupancy=occupancy, with_normals=True
+    )
+    assert not to_uint8(seen.rgb)[:, 8, 8].any()
+    assert depth_picture(seen).shape == normal_picture(seen).shape == (2, 16, 16, 3)
+
+
+def test_depth_picture_of_many_pixels(seen: Rendering):
+    """More than 2^24 of them: 16 views of 1,024 px and a few."""
+    distance = torch.linspace(2, 3, 4100).expand(1, 1, 4100, 4100)
+    solid = torch.ones(()).expand(1, 1, 4100, 4100)
+    picture = depth_picture(seen._replace(foreground=solid.expand(1, 3, -1, -1), opacity=solid, depth=distance))
+    assert (picture[0, 0, 0, 0], picture[0, 0, -1, 0]) == (255, 51)
 
 
 def test_normal_picture_shows_world_axes(seen: Rendering):

@@ -61,19 +61,25 @@ def extract_mesh(
     if not (threshold == "auto" or (isinstance(threshold, int | float) and 0 < threshold < float("inf"))):
         raise ValueError(f"threshold must be 'auto' or a positive density, not {threshold!r}")
     density = density_grid(field, resolution)
-    if not np.isfinite(density).all():
-        raise EmptyScene("The scene's density is not a number: the run diverged, try another seed or a lower rate.")
+    check_finite("density", density)
     cell = 2 * field.radius / (resolution - 1)
     level = silhouette_threshold(density, cell) if threshold == "auto" else float(threshold)
     vertices, faces = main_parts(*isosurface(density, level, field.radius))
     vertices, faces = decimated(vertices, faces, target_faces)
     normals = vertex_normals(vertices, faces)
-    colours = to_bytes(surface_colours(field, vertices, normals, cell))
+    rgb = surface_colours(field, vertices, normals, cell)
+    check_finite("colour", rgb)
+    colours = to_bytes(rgb)
     atlas = unwrapped(vertices, faces, texture_px)
     texture = baked(field, cell, vertices, normals, colours, atlas, texture_px)
     reason = open_because(faces)
     report = dict(faces=len(faces), vertices=len(vertices), watertight=not reason, reason=reason, threshold=level)
     return Mesh(vertices, faces, normals, colours, atlas, texture, report)
+
+
+def check_finite(what: str, numbers: Float32[np.ndarray, "*shape"]) -> None:
+    if not np.isfinite(numbers).all():
+        raise EmptyScene(f"The scene's {what} is not a number: the run diverged, try another seed or a lower rate.")
 
 
 def density_grid(field: Field, resolution: int) -> Float32[np.ndarray, "{resolution} {resolution} {resolution}"]:

@@ -89,8 +89,8 @@ def depth_picture(seen: Rendering) -> UInt8[np.ndarray, "B H W 3"]:
     solid = distance[seen.opacity > 0.5]
     if not len(solid):
         return to_uint8(torch.zeros_like(seen.foreground))
-    near, far = torch.quantile(solid, solid.new_tensor([0.01, 0.99]))
-    grey = 1 - 0.8 * ((distance - near) / (far - near).clamp(min=1e-5)).clamp(0, 1)
+    near, far = np.quantile(solid.cpu().numpy(), [0.01, 0.99]).tolist()  # torch's takes no more than 2^24 numbers
+    grey = 1 - 0.8 * ((distance - near) / max(far - near, 1e-5)).clamp(0, 1)
     return to_uint8((grey * seen.opacity).expand_as(seen.foreground))
 
 
