@@ -21,8 +21,9 @@ from psd.scene.cameras import Cameras, orbit_cameras
 from psd.scene.fields import ConstantBackground, DirectionalBackground
 from psd.scene.files import export_glb, export_obj_zip, export_ply
 from psd.scene.mesh import EmptyScene, extract_mesh
-from psd.scene.render import Rendering, render_views
+from psd.scene.render import Rendering
 from psd.scene.rig import Frame, Rig
+from psd.scene.scene import FieldScene
 from psd.scene.turntable import depth_picture, export_turntable, normal_picture, turntable_frames
 
 SCORED_VIEWS = 12
@@ -120,8 +121,8 @@ class MakeObject:
         sheet, video = directory / f"{name}_views.png", directory / f"{name}.mp4"
         export_png(sheet, np.concatenate(rows), about)
         frames = turntable_frames(
-            arm.field, arm.background, TURNTABLE_FRAMES, TURNTABLE_PX, samples=self.config.samples,
-            occupancy=arm.occupancy, azimuth_start_deg=FRONT_AZIMUTH_DEG, **self.frame.portrait,
+            scene_of(arm), TURNTABLE_FRAMES, TURNTABLE_PX,
+            samples=self.config.samples, azimuth_start_deg=FRONT_AZIMUTH_DEG, **self.frame.portrait,
         )  # fmt: skip
         export_turntable(video, frames, FPS)
         return {path.name: path for path in (sheet, video)}
@@ -144,10 +145,7 @@ class MakeObject:
         self, arm: ObjectArm, cameras: Cameras, size: int, with_normals: bool = False, fine: int = 2
     ) -> Rendering:
         """With `fine` times the samples of a training render."""
-        return render_views(
-            arm.field, arm.background, cameras.to(self.prior.device), size,
-            samples=fine * self.config.samples, occupancy=arm.occupancy, with_normals=with_normals,
-        )  # fmt: skip
+        return scene_of(arm).render(cameras, size, samples=fine * self.config.samples, with_normals=with_normals)
 
     def _around(self, count: int, azimuth_deg: float = 0.0) -> Cameras:
         return orbit_cameras(count, azimuth_start_deg=azimuth_deg, **self.frame.portrait)
@@ -156,3 +154,7 @@ class MakeObject:
         if self.frame.background:
             return ConstantBackground(self.frame.background).requires_grad_(False)
         return DirectionalBackground()
+
+
+def scene_of(arm: ObjectArm) -> FieldScene:
+    return FieldScene(arm.field, arm.background, arm.occupancy)

@@ -30,6 +30,7 @@ from psd.scene.render import (
     render_views,
     slab,
 )
+from psd.scene.scene import FieldScene, Scene
 
 GOLDEN = Path(__file__).parent / "golden/nerf"
 CUDA = torch.device("cuda")
@@ -366,6 +367,18 @@ def test_views_are_the_same_pictures_in_chunks_without_gradient(monkeypatch):
         torch.testing.assert_close(part, whole, rtol=0, atol=1e-6)
     assert got.samples is None
     assert isinstance(render_views(field, sky, cameras, 6, samples=5), Rendering)
+
+
+def test_a_field_scene_is_its_field_before_its_background():
+    occupancy = Occupancy(0.8, resolution=8)
+    field = Fog(60.0, ball=0.3, radius=0.8)
+    occupancy.update(field, seeded(0))
+    scene = FieldScene(field, sky, occupancy)
+    assert isinstance(scene, Scene) and scene.radius == 0.8
+    want = render_views(field, sky, orbit_cameras(2), 6, samples=5, occupancy=occupancy, with_normals=True)
+    got = scene.render(orbit_cameras(2), 6, samples=5, with_normals=True)
+    assert all(torch.equal(part, whole) for part, whole in zip(got[:7], want[:7]))
+    assert scene.render(orbit_cameras(2), 6, samples=5).normal is None
 
 
 def test_the_extension_is_never_looked_for_on_a_cpu_and_never_compiled(monkeypatch):

@@ -13,7 +13,8 @@ from av.video.reformatter import Colorspace
 from psd.export import to_uint8
 from psd.scene.cameras import orbit_cameras
 from psd.scene.fields import ConstantBackground, Field, VoxelField
-from psd.scene.render import Occupancy, Rendering, render_views
+from psd.scene.render import Occupancy, Rendering
+from psd.scene.scene import FieldScene
 from psd.scene.turntable import depth_picture, export_turntable, normal_picture, read_frame, turntable_frames
 
 
@@ -100,7 +101,7 @@ def test_frames_that_make_no_video_are_refused(tmp_path: Path):
 
 def test_turntable_frames_go_around_and_come_one_by_one():
     """From +x the red half, from -x the blue one."""
-    frames = turntable_frames(Ball(), ConstantBackground((0.9,) * 3), 4, 32, samples=64, elevation_deg=0.0)
+    frames = turntable_frames(FieldScene(Ball(), ConstantBackground((0.9,) * 3)), 4, 32, samples=64, elevation_deg=0.0)
     front, left, back, _ = frames
     assert front.shape == (32, 32, 3)
     assert front.dtype == np.uint8
@@ -109,13 +110,13 @@ def test_turntable_frames_go_around_and_come_one_by_one():
     # From +y, red (+x) is on the left.
     assert (left[16, 12].argmax(), left[16, 20].argmax()) == (0, 2)
     assert front[0, 0] == pytest.approx(0.9 * 255, abs=1)
-    assert next(turntable_frames(Ball(), ConstantBackground(), 10**6, 8, samples=8)).shape == (8, 8, 3)
+    assert next(turntable_frames(FieldScene(Ball(), ConstantBackground()), 10**6, 8, samples=8)).shape == (8, 8, 3)
 
 
 @pytest.fixture(scope="module")
 def seen() -> Rendering:
     cameras = orbit_cameras(2, elevation_deg=0.0, distance=2.5)
-    return render_views(Ball(), ConstantBackground(), cameras, 32, samples=200, with_normals=True)
+    return FieldScene(Ball(), ConstantBackground()).render(cameras, 32, samples=200, with_normals=True)
 
 
 def test_depth_picture_is_brightest_where_the_ball_is_nearest(seen: Rendering):
@@ -141,9 +142,8 @@ def test_pictures_of_a_diverged_field_are_pictures(channels: slice):
     field.voxels.data[:, channels] = torch.nan
     occupancy = Occupancy(1.0)
     occupancy.update(field, torch.Generator().manual_seed(0))
-    seen = render_views(
-        field, ConstantBackground(), orbit_cameras(2), 16, samples=16, occupancy=occupancy, with_normals=True
-    )
+    scene = FieldScene(field, ConstantBackground(), occupancy)
+    seen = scene.render(orbit_cameras(2), 16, samples=16, with_normals=True)
     assert not to_uint8(seen.rgb)[:, 8, 8].any()
     assert depth_picture(seen).shape == normal_picture(seen).shape == (2, 16, 16, 3)
 

@@ -13,28 +13,19 @@ from jaxtyping import UInt8
 
 from psd.export import to_uint8
 from psd.scene.cameras import orbit_cameras
-from psd.scene.fields import Field
-from psd.scene.render import Background, Occupancy, Rendering, render_views
+from psd.scene.render import Rendering
+from psd.scene.scene import Scene
 
 CRF = 18  # x264's quality: no loss that the eye sees
 
 
 def turntable_frames(
-    field: Field,
-    background: Background,
-    count: int,
-    size: int,
-    *,
-    samples: int,
-    occupancy: Occupancy | None = None,
-    **orbit: float,
+    scene: Scene, count: int, size: int, *, samples: int, **orbit: float
 ) -> Iterator[UInt8[np.ndarray, "{size} {size} 3"]]:
     """One round of `count` pictures, each rendered when it is asked for; `orbit` as in `orbit_cameras`."""
-    device = next(iter(field.parameters())).device
-    cameras = orbit_cameras(count, **orbit).to(device)
+    cameras = orbit_cameras(count, **orbit)
     for i in range(count):
-        seen = render_views(field, background, cameras[i : i + 1], size, samples=samples, occupancy=occupancy)
-        yield to_uint8(seen.rgb[0])
+        yield to_uint8(scene.render(cameras[i : i + 1], size, samples=samples).rgb[0])
 
 
 def export_turntable(path: Path, frames: Iterable[UInt8[np.ndarray, "H W 3"]], fps: int = 24) -> None:
