@@ -60,7 +60,7 @@ class MeshScene:
 
     @property
     def radius(self) -> float:
-        return self.vertices.abs().max().item()
+        return self.vertices[self.faces].abs().max().item()
 
     @torch.no_grad()
     def render(self, cameras: Cameras, size: int, *, samples: int, with_normals: bool = False) -> Rendering:
