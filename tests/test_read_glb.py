@@ -158,6 +158,12 @@ INDEXED = dict(
         (glb(bytes(36)), "holds no triangles"),
         (glb(accessors=[{**ZEROS, "count": 10**12}]), "has more than 1,000,000 triangles"),
         (glb(accessors=[{**ZEROS, "count": 3 * 10**6 + 3}]), "has more than 1,000,000 triangles"),
+        (
+            glb(
+                accessors=[{**ZEROS, "count": 10**6}], meshes=[{"primitives": [{"attributes": {"POSITION": 0}}] * 5000}]
+            ),
+            "has more than 1,000,000 triangles",
+        ),
         (glb(nodes=[*NODES, {"mesh": 0}, {}]), "has more than 4,096 nodes"),
         (glb(extensionsUsed=["KHR_draco_mesh_compression"]), "is compressed"),
     ],

@@ -126,8 +126,13 @@ def check_header(header: dict[str, Any]) -> None:
     """Raises RequestError on what would not be read rightly, or could not be held."""
     if COMPRESSION & set(header.get("extensionsUsed", [])):
         raise RequestError("The geometry of this GLB is compressed: export it without compression.")
-    # What an accessor counts need not be in the file: without a buffer view it is zeros.
-    if sum(accessor["count"] for accessor in header.get("accessors", [])) > 32 * MAX_FACES:
+    # What an accessor counts need not be in the file, without a buffer view it is zeros; and many may name the same one.
+    counts = [accessor["count"] for accessor in header.get("accessors", [])]
+    primitives = [primitive for mesh in header.get("meshes", []) for primitive in mesh["primitives"]]
+    vertices = [primitive["attributes"]["POSITION"] for primitive in primitives]
+    corners = [primitive.get("indices", own) for primitive, own in zip(primitives, vertices)]
+    most = 3 * MAX_FACES
+    if any(sum(counts[i] for i in used) > most for used in (vertices, corners)) or sum(counts) > 10 * most:
         raise RequestError(TOO_MANY)
     if len(header.get("nodes", [])) > MAX_NODES:
         raise RequestError(f"This GLB has more than {MAX_NODES:,} nodes: join its meshes.")
@@ -154,7 +159,8 @@ def scene_of_glb(data: bytes) -> MeshScene:
         rows.append((faces + first, texture, *corners))
         first += len(mesh.vertices)
     faces, texture, vertices, normals, colours, uv = (torch.from_numpy(np.concatenate(each)) for each in zip(*rows))
-    if not (vertices.isfinite().all() and uv.isfinite().all() and faces.min() >= 0 and faces.max() < len(vertices)):
+    finite = all(each.isfinite().all() for each in (vertices, colours, uv))
+    if not (finite and faces.min() >= 0 and faces.max() < len(vertices)):
         raise ValueError("corners that are none")
     a, b, c = vertices[faces].unbind(1)
     if not torch.linalg.cross(b - a, c - a).any():
