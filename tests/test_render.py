@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import math
-import sys
-import types
 from pathlib import Path
 
-import nerfacc
 import pytest
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -23,57 +19,16 @@ from psd.scene.render import (
     Occupancy,
     Rendering,
     accumulate,
-    extension_works,
     march_dense,
-    march_packed,
     render,
     render_views,
     slab,
 )
 from psd.scene.scene import FieldScene, Scene
+from tests.fog import Fog, Swirl, plain, seeded, sky
 
 GOLDEN = Path(__file__).parent / "golden/nerf"
 CUDA = torch.device("cuda")
-
-plain = dict(jitter=None, with_normals=False, occupancy=None)
-
-
-class Fog(Field):
-    """Constant density in the whole box, or where |x - centre| < `ball`; colour by position, normals outward."""
-
-    def __init__(self, density: float, ball: float = math.inf, centre=(0.0, 0.0, 0.0), radius: float = 1.0):
-        super().__init__(radius, (0.0, 1.0))
-        self.sigma, self.ball = torch.nn.Parameter(torch.tensor(density)), ball
-        self.register_buffer("centre", torch.tensor(centre))
-        self.points = []  # how many each call took
-
-    def forward(self, x: Float[Tensor, "N 3"]) -> tuple[Float[Tensor, " N"], Float[Tensor, "N 3"]]:
-        self.points.append(len(x))
-        inside = ((x - self.centre).norm(dim=-1) < self.ball) & (x.abs().amax(-1) <= self.radius)
-        return self.sigma * inside, (x / self.radius + 1) / 2
-
-    def density(self, x: Float[Tensor, "N 3"]) -> Float[Tensor, " N"]:
-        return self.forward(x)[0]
-
-    def normals(self, x: Float[Tensor, "N 3"]) -> Float[Tensor, "N 3"]:
-        return F.normalize(x - self.centre, dim=-1)
-
-
-class Swirl(Fog):
-    """Density and colour that differ at every point."""
-
-    def forward(self, x: Float[Tensor, "N 3"]) -> tuple[Float[Tensor, " N"], Float[Tensor, "N 3"]]:
-        self.points.append(len(x))
-        wave = torch.sin(3 * x[:, 0] + 2 * x[:, 1]) * torch.cos(4 * x[:, 2])
-        return self.sigma * (1 + wave), torch.sigmoid(5 * x.roll(1, dims=-1))
-
-
-def sky(directions: Tensor) -> Tensor:
-    return (directions + 1) / 2
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def padded_march(ray: Tensor, t_starts: Tensor, t_ends: Tensor, rays: int) -> DenseMarch:
@@ -271,90 +226,6 @@ def test_jitter_is_the_generators_alone():
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_an_occupancy_that_culls_nothing_changes_nothing():
-    field, cameras = Swirl(2.0), orbit_cameras(2)
-    want = render(field, sky, cameras, 8, samples=6, jitter=seeded(0), with_normals=True, occupancy=None)
-    occupancy = Occupancy(1.0, resolution=8)
-    for full in (Fog(0.0), Fog(0.025), Fog(3.0)):  # the mean of 512 times 0.025 is above it
-        occupancy.update(full, seeded(1))
-        got = render(field, sky, cameras, 8, samples=6, jitter=seeded(0), with_normals=True, occupancy=occupancy)
-        for name in ("rgb", "foreground", "opacity", "depth", "z_variance", "normal"):
-            torch.testing.assert_close(getattr(got, name), getattr(want, name), rtol=0, atol=1e-6)
-    (slope,) = torch.autograd.grad(got.rgb.sum(), field.sigma)
-    torch.testing.assert_close(slope, torch.autograd.grad(want.rgb.sum(), field.sigma)[0])
-
-
-def test_an_occupancy_spares_the_empty_cells_and_keeps_the_picture():
-    field, cameras = Fog(60.0, ball=0.3, centre=(0.3, -0.2, 0.1)), orbit_cameras(2, fovy_deg=45)
-    want = render(field, sky, cameras, 16, samples=600, **plain)
-    occupancy = Occupancy(1.0)
-    for seed in range(3):
-        occupancy.update(field, seeded(seed))
-    field.points.clear()
-    got = render(field, sky, cameras, 16, samples=150, **{**plain, "occupancy": occupancy})
-    assert sum(field.points) < 0.12 * 512 * 150
-    torch.testing.assert_close(got.rgb.mean((2, 3)), want.rgb.mean((2, 3)), rtol=0, atol=2e-3)
-    difference = (got.opacity - want.opacity).abs()
-    assert difference.mean() < 2e-3 and difference.max() < 0.3  # the largest at the ball's rim
-    low, high = occupancy.bounds
-    origins, directions = (each.reshape(-1, 3) for each in camera_rays(cameras, 16, 16))
-    march = march_dense(origins, directions, 1.0, 150, torch.full((512,), 0.5), occupancy)
-    assert (march.ends - march.starts).max() * 150 <= (high - low).norm() + 1e-4
-    assert (low < field.centre - 0.3).all() and (high > field.centre + 0.3).all()
-    assert (low > field.centre - 0.45).all() and (high < field.centre + 0.45).all()
-
-
-def test_occupancy_follows_nerfaccs_rule():
-    occupancy = Occupancy(2.0, resolution=4)
-    assert occupancy.cells.all()
-    assert [side.tolist() for side in occupancy.bounds] == [[-2, -2, -2], [2, 2, 2]]
-    occupancy.update(Fog(8.0, ball=0.01, centre=(5.0, 5.0, 5.0), radius=2.0), seeded(0))
-    assert not occupancy.density.any() and occupancy.cells.all()  # all empty: none is left out
-    occupancy.update(Corner(8.0, radius=2.0), seeded(0))
-    assert occupancy.density[0, 0, 3] == 8 and occupancy.density.sum() == 8
-    filled = torch.zeros(4, 4, 4, dtype=torch.bool)
-    filled[:2, :2, 2:] = True  # the cell and its neighbours
-    assert torch.equal(occupancy.cells, filled)
-    assert [side.tolist() for side in occupancy.bounds] == [[-2, -2, 0], [0, 0, 2]]
-    occupancy.update(Fog(0.0, radius=2.0), seeded(0))
-    assert occupancy.density[0, 0, 3].item() == pytest.approx(0.95 * 8)
-    occupancy.update(Fog(float("nan"), radius=2.0), seeded(0))
-    assert occupancy.cells.all()  # NaN must be seen
-
-
-class Corner(Fog):
-    """Filled is only the cell [-2, -1] x [-2, -1] x [1, 2]."""
-
-    def density(self, x: Float[Tensor, "N 3"]) -> Float[Tensor, " N"]:
-        return self.sigma * ((x[:, 0] < -1) & (x[:, 1] < -1) & (x[:, 2] > 1))
-
-
-@pytest.mark.parametrize(("density", "kept"), [(0.2, True), (0.05, False)])
-def test_a_cell_is_filled_if_crossing_it_takes_a_hundredth_of_the_light(density: float, kept: bool):
-    """Cell width 0.1, so 0.1 is the density; a solid corner keeps the mean above it."""
-
-    class Two(Fog):
-        def density(self, x: Float[Tensor, "N 3"]) -> Float[Tensor, " N"]:
-            return torch.where((x < -0.5).all(-1), 100.0, density * (x > 0.5).all(-1))
-
-    occupancy = Occupancy(1.0, resolution=20)
-    occupancy.update(Two(1.0), seeded(0))
-    assert occupancy.density.mean() > 0.1
-    diagonal, t = torch.ones(1, 3), torch.tensor([[-0.75, 0.0, 0.75]])
-    assert occupancy.along(torch.zeros(1, 3), diagonal, t).tolist() == [[True, False, kept]]
-
-
-def test_an_occupancy_looks_up_the_cells_of_points_along_rays():
-    occupancy = Occupancy(0.8, resolution=5)
-    occupancy.cells = torch.rand(5, 5, 5, generator=seeded(0)) < 0.5
-    origins = torch.rand(500, 3, generator=seeded(1)) * 1.2 - 0.6
-    directions, t = F.normalize(torch.randn(500, 3, generator=seeded(2)), dim=-1), torch.tensor([0.0, 0.1, -0.15])
-    along = occupancy.along(origins, directions, t.expand(500, 3))
-    for k in range(3):
-        cells = ((origins + t[k] * directions + 0.8) / 0.32).floor().long()
-        assert torch.equal(along[:, k], occupancy.cells[tuple(cells.T)])
-
-
 def test_views_are_the_same_pictures_in_chunks_without_gradient(monkeypatch):
     field, cameras = Swirl(2.0), orbit_cameras(3)
     want = render(field, sky, cameras, 6, samples=5, **{**plain, "with_normals": True})
@@ -379,87 +250,6 @@ def test_a_field_scene_is_its_field_before_its_background():
     got = scene.render(orbit_cameras(2), 6, samples=5, with_normals=True)
     assert all(torch.equal(part, whole) for part, whole in zip(got[:7], want[:7]))
     assert scene.render(orbit_cameras(2), 6, samples=5).normal is None
-
-
-def test_the_extension_is_never_looked_for_on_a_cpu_and_never_compiled(monkeypatch):
-    assert not extension_works(torch.device("cpu"))
-    monkeypatch.setitem(sys.modules, "nerfacc.csrc", None)  # import raises
-    monkeypatch.setattr(nerfacc.scan, "_C", None)  # what would compile
-    assert not extension_works.__wrapped__(CUDA)
-
-
-def loop_traversal(origins, directions, binaries, aabbs, near_planes, far_planes, step_size, cone_angle):
-    """nerfacc.grid.traverse_grids: steps from the near plane on, kept if their middle is in an occupied cell."""
-    vals, is_left, is_right, rays = [], [], [], []
-    low, high, n = aabbs[0, :3], aabbs[0, 3:], binaries.shape[-1]
-    enter, leave = slab(origins, directions, low, high)
-    for i, (o, d) in enumerate(zip(origins, directions)):
-        start = float(near_planes[i])
-        while start + step_size / 2 < leave[i]:
-            middle = o + (start + step_size / 2) * d
-            index = ((middle - low) / (high - low) * n).floor().long().clamp(0, n - 1)
-            if start + step_size / 2 > enter[i] and binaries[0][tuple(index)]:
-                vals += [start, start + step_size]
-                is_left += [True, False]
-                is_right += [False, True]
-                rays.append(i)
-            start += step_size
-    rays = torch.tensor(rays, dtype=torch.long)
-    samples = types.SimpleNamespace(ray_indices=rays, packed_info=packed_info(rays, len(origins)))
-    intervals = types.SimpleNamespace(
-        vals=torch.tensor(vals),
-        is_left=torch.tensor(is_left, dtype=torch.bool),
-        is_right=torch.tensor(is_right, dtype=torch.bool),
-    )
-    return intervals, samples, None
-
-
-def packed_info(ray: Tensor, rays: int) -> Tensor:
-    count = torch.bincount(ray, minlength=rays)
-    return torch.stack([count.cumsum(0) - count, count], -1)
-
-
-def loop_exclusive_sum(values: Tensor, packed: Tensor | None = None) -> Tensor:
-    if packed is None:
-        return values.cumsum(-1) - values
-    return torch.cat([values[a : a + n].cumsum(0) - values[a : a + n] for a, n in packed.tolist()])
-
-
-@pytest.fixture
-def played_extension(monkeypatch):
-    monkeypatch.setattr(nerfacc.estimators.occ_grid, "traverse_grids", loop_traversal)
-    monkeypatch.setattr(nerfacc.volrend, "pack_info", packed_info)
-    monkeypatch.setattr(nerfacc.volrend, "exclusive_sum", loop_exclusive_sum)
-    monkeypatch.setattr(rendering, "extension_works", lambda device: True)
-    monkeypatch.setattr(rendering, "STEPS", 64)  # of 512: the loop is slow
-
-
-def test_the_packed_march_draws_the_same_picture(played_extension):
-    field, cameras = Fog(6.0, ball=0.5), orbit_cameras(1, fovy_deg=30)
-    occupancy = Occupancy(1.0, resolution=16)
-    occupancy.update(field, seeded(0))
-    want = render(field, sky, cameras, 8, samples=400, **{**plain, "with_normals": True})
-    got = render(field, sky, cameras, 8, samples=1, jitter=seeded(0), with_normals=True, occupancy=occupancy)
-    for seed, same in ((0, True), (1, False)):
-        again = render(field, sky, cameras, 8, samples=1, jitter=seeded(seed), with_normals=True, occupancy=occupancy)
-        assert torch.equal(got.rgb, again.rgb) == same
-    assert want.opacity.max() > 0.99
-    for name in ("rgb", "opacity", "depth"):
-        assert (getattr(got, name) - getattr(want, name)).abs().mean() < 0.01, name
-    slopes = [torch.autograd.grad(each.rgb.sum(), field.sigma)[0].item() for each in (got, want)]
-    assert slopes[0] == pytest.approx(slopes[1], rel=0.05)
-
-
-def test_the_packed_march_leaves_out_what_nobody_sees(played_extension):
-    field, cameras = Fog(100.0, ball=0.5), orbit_cameras(1, fovy_deg=30)
-    occupancy = Occupancy(1.0, resolution=16)
-    occupancy.update(field, seeded(0))
-    origins, directions = (each.reshape(-1, 3) for each in camera_rays(cameras, 4, 4))
-    march = march_packed(field, origins, directions, torch.zeros(16), occupancy)
-    points = origins[march.ray] + march.t[:, None] * directions[march.ray]
-    assert (field.density(points) > 0).all()
-    way_in = (points.norm(dim=-1) - 0.5).abs()
-    assert way_in.max() < math.log(1e4) / 100 + 2 * 2 * 3**0.5 / 64  # T > 1e-4 ends there
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

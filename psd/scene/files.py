@@ -126,7 +126,7 @@ def check_header(header: dict[str, Any]) -> None:
     """Raises RequestError on what would not be read rightly, or could not be held."""
     if COMPRESSION & set(header.get("extensionsUsed", [])):
         raise RequestError("The geometry of this GLB is compressed: export it without compression.")
-    # What an accessor counts need not be in the file, without a buffer view it is zeros; and many may name the same one.
+    # What an accessor counts need not be in the file: without a buffer view it is zeros, and many may name the same.
     counts = [accessor["count"] for accessor in header.get("accessors", [])]
     primitives = [primitive for mesh in header.get("meshes", []) for primitive in mesh["primitives"]]
     vertices = [primitive["attributes"]["POSITION"] for primitive in primitives]
