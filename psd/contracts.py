@@ -41,6 +41,21 @@ Decode = Callable[[Float[Tensor, "B C h w"]], Float[Tensor, "B 3 H W"]]  # a pri
 
 @runtime_checkable
 class Reward(Protocol):
-    """Higher is better, raw scale, float32, differentiable in the images."""
+    """Higher is better, raw scale, float32. What has a body here is inherited: most rewards say `__call__` alone.
 
-    def __call__(self, images: Float[Tensor, "B 3 H W"], prompts: list[str]) -> Float[Tensor, " B"]: ...
+    S = B / views pictures of one object, or S = B single ones, are judged together; rows are ordered (sample, view).
+    """
+
+    name: str
+    views: int = 1
+    differentiable: bool = True  # in the images
+
+    def __call__(self, images: Float[Tensor, "B 3 H W"], prompts: list[str]) -> Float[Tensor, " S"]: ...
+
+    def rank(self, images: Float[Tensor, "B 3 H W"], prompts: list[str], copies: int) -> Float[Tensor, " S"]:
+        """As `__call__`, of `copies` of the same samples, rows ordered (copy, sample); a mixture learns from them."""
+        return self(images, prompts)
+
+    def bound(self) -> Reward:
+        """A reward for one arm of a run: what it learns there is seen by nobody else."""
+        return self

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from psd.contracts import Decode, Prior, Reward
 from psd.methods import Guided, Predictions, Score, pick
-from psd.models.rewards.mixture import Mixture
 from psd.negative import NegativeEmbedding, reward_through_negative
 
 
@@ -47,8 +46,7 @@ def score_noises(
     """r(y_b, decode(x_0[n, b])) for every noise n and sample b; differentiable. A mixture learns its scales here."""
     images = decode(x_0.flatten(0, 1)).float()
     every = prompts * len(x_0)
-    scores = reward.rank(images, every, len(x_0)) if isinstance(reward, Mixture) else reward(images, every)
-    return scores.view(x_0.shape[:2])
+    return reward.rank(images, every, len(x_0)).view(x_0.shape[:2])
 
 
 def update_negative(

@@ -1,13 +1,18 @@
-"""A prior whose noise predictions are exact: q(x_0|y) = N(mu_y, s_y^2 I) and q(x_0|n) = N(mu_n, s_n^2 I)."""
+"""A prior whose noise predictions are exact: q(x_0|y) = N(mu_y, s_y^2 I) and q(x_0|n) = N(mu_n, s_n^2 I).
+
+And rewards that are a function: `PlainReward`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from psd.contracts import Reward
 from psd.methods import Predictions
 from psd.schedule import NoiseSchedule
 
@@ -62,3 +67,13 @@ class ExactPrior:
         schedule = NoiseSchedule(self.alphas_cumprod)
         mu = cond.mean((1, 2))[:, None, None, None]
         return gaussian_eps(x_t, mu, 0.5, schedule.alpha_t(t), schedule.sigma_t(t))
+
+
+class PlainReward(Reward):
+    """A function of images [B 3 H W] and prompts, to scores [B], as a Reward."""
+
+    def __init__(self, score: Callable[[Tensor, list[str]], Tensor]):
+        self.name, self.score = score.__name__, score
+
+    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+        return self.score(images, prompts)

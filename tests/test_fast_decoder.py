@@ -17,7 +17,7 @@ from psd.models.needs import check_downloads, missing_models
 from psd.models.priors import load_fast_decoder, stable_diffusion
 from psd.models.priors.table import PRIORS, TAESD
 from psd.safety import check_request
-from tests.gaussian import ExactPrior
+from tests.gaussian import ExactPrior, PlainReward
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 CONFIG = RunConfig.from_preset("sd15-paper", prompt="a lamp", fast_decoder=True)
@@ -41,7 +41,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def only_taesd_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("psd.models.hub.is_cached", lambda *sources: TAESD.source not in sources)
+    monkeypatch.setattr("psd.models.needs.is_cached", lambda *sources: TAESD.source not in sources)
 
 
 def test_it_decodes_the_unets_own_latents(folder: Path, monkeypatch: pytest.MonkeyPatch):
@@ -125,6 +125,7 @@ def test_what_is_kept_is_the_priors_own(tmp_path: Path):
         seen.append(x)
         return torch.zeros_like(x)
 
+    @PlainReward
     def reward(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         ranked.append(images)
         return images.mean((1, 2, 3))

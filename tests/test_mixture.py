@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from psd import RunConfig, generate, run
+from psd.contracts import Reward
 from psd.errors import RequestError
 from psd.events import Finished
 from psd.lockstep import score_noises
@@ -21,6 +22,7 @@ from psd.models.rewards import load_reward
 from psd.models.rewards.mixture import DECAY, ROUNDING, Mixture
 from psd.models.rewards.table import REWARDS, held_out_rewards, is_mixture, reward_terms
 from psd.safety import check_request
+from tests.gaussian import PlainReward
 from tests.test_object3d import ExactPrior
 
 CONFIG = RunConfig.from_preset(
@@ -28,11 +30,13 @@ CONFIG = RunConfig.from_preset(
 )
 
 
+@PlainReward
 def red(images: Tensor, prompts: list[str]) -> Tensor:
     assert len(images) == len(prompts)
     return images[:, 0].mean((1, 2))
 
 
+@PlainReward
 def dark(images: Tensor, prompts: list[str]) -> Tensor:
     return 100 - 20 * images.mean((1, 2, 3))
 
@@ -96,6 +100,40 @@ def test_only_ranking_teaches():
     mixture(pictures(0.0, 1.0), ["x"] * 2)
     mixture.rank(pictures(0.0, 1.0), ["x"] * 2, 1)  # the winner alone, for the negative embedding
     assert mixture.ranked == 1 and torch.equal(mixture.scales, scales)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_pair_without_a_finite_score_teaches_nothing(bad: float):
+    clean, spoiled = red_and_dark(), red_and_dark()
+    for a, b in ((0.2, 0.6), (0.1, 0.2)):
+        clean.rank(pictures(a, b), ["x"] * 2, 2)
+        spoiled.rank(pictures(bad, 0.5), ["x"] * 2, 2)
+        spoiled.rank(pictures(a, bad, b, 0.7), ["x", "y"] * 2, 2)  # the second sample's pair is no pair
+    assert spoiled.ranked == clean.ranked == 2
+    torch.testing.assert_close(spoiled.scales, clean.scales)
+    images = pictures(0.3, 0.9)
+    torch.testing.assert_close(spoiled(images, ["x"] * 2), clean(images, ["x"] * 2))
+
+
+def test_each_arm_learns_scales_of_its_own():
+    loaded = red_and_dark()
+    first, second = loaded.bound(), loaded.bound()
+    first.rank(pictures(0.2, 0.6), ["x"] * 2, 2)
+    assert (first.ranked, second.ranked, loaded.ranked) == (1, 0, 0)
+    assert first.members == loaded.members and torch.equal(first.weights, loaded.weights)
+    assert red.bound() is red
+
+
+@pytest.mark.parametrize("name", ["toybox/preference", "toybox/judge", CONFIG.reward])
+def test_every_reward_answers_to_the_contract(name: str):
+    reward = load_reward(name)
+    assert isinstance(reward, Reward)
+    assert (reward.name, reward.views, reward.differentiable) == (name, 1, True)
+    images, prompts = torch.rand(2, 3, 128, 128), ["a red lamp"] * 2
+    if reward.bound() is reward:
+        assert torch.equal(reward.rank(images, prompts, 2), reward(images, prompts))
+    else:
+        assert name == CONFIG.reward
 
 
 def test_gradients_are_the_members_in_their_units():
@@ -187,10 +225,16 @@ def test_a_run_with_a_mixture_is_reproducible_and_tells_each_members_score(tmp_p
 # Judges
 
 
+def torchs_cpu_allocator(text: str) -> RuntimeError:
+    return RuntimeError(f"[enforce fail at alloc_cpu.cpp:119] DefaultCPUAllocator: can't allocate memory: {text}")
+
+
 class NoRoom:
-    @staticmethod
-    def load(name: str, info, device: str):
-        raise torch.OutOfMemoryError("no room")
+    error = torch.OutOfMemoryError
+
+    @classmethod
+    def load(cls, name: str, info, device: str):
+        raise cls.error("no room")
 
 
 @pytest.fixture
@@ -235,12 +279,14 @@ def test_a_published_judge_that_cannot_be_read_is_left_out_and_not_downloaded(ca
     assert "held-out judge is left out: 'hpsv2.1' was downloaded whole but cannot be read" in caplog.text
 
 
-def test_a_judge_that_finds_no_room_is_left_out(cache: Path, monkeypatch, caplog):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError])
+def test_a_judge_that_finds_no_room_is_left_out(error, cache: Path, monkeypatch, caplog):
+    monkeypatch.setattr(NoRoom, "error", error)
     here = replace(REWARDS["toybox/preference"], download_mb=1)
     monkeypatch.setitem(REWARDS, "pickscore", here)
     monkeypatch.setitem(REWARDS, "mps", replace(here, source=Source("toybox/large"), model=f"{__name__}:NoRoom"))
     assert list(run.load_rewards("pickscore", "cpu")) == ["pickscore"]
-    assert "held-out judge is left out: no room" in caplog.text
+    assert "no room" in caplog.text
 
 
 def test_a_broken_judge_of_the_app_is_a_fault(monkeypatch):

@@ -16,6 +16,7 @@ from psd.scene.losses import SEEN
 from psd.scene.render import Rendering, render
 from psd.scene.rig import Rig
 from tests import gaussian
+from tests.gaussian import PlainReward
 
 SIDE = 8
 CONFIG = RunConfig(
@@ -39,6 +40,7 @@ class ExactPrior(gaussian.ExactPrior):
         return self.spoil * super().eps(x_t, t, cond, cameras)
 
 
+@PlainReward
 def brightness(images: Tensor, prompts: list[str]) -> Tensor:
     assert len(images) == len(prompts)
     return images.mean((1, 2, 3)) * 3
@@ -108,7 +110,9 @@ def test_preference_switched_off_is_the_plain_arm_bit_for_bit(rank: str):
     start = start_field(off, radius=0.7)
     background = ConstantBackground((0.9, 0.9, 0.9)).requires_grad_(False)
     states = {name: ObjectArm.start(config, start, background, prior.embed(["bad"])) for name, config in shared.items()}
-    indifferent = view_scorer(prior.decode, lambda images, prompts: images.new_zeros(len(images)), "x", rank)
+    indifferent = view_scorer(
+        prior.decode, PlainReward(lambda images, prompts: images.new_zeros(len(images))), "x", rank
+    )
     generator = torch.Generator().manual_seed(0)
     rig = Rig((40.0, 40.0), (0.7, 0.8), (0.0, 30.0))
     list(distil_object(prior, indifferent, prior.embed(["a longer prompt"]), states, rig, generator))
@@ -162,6 +166,7 @@ def test_group_ranking_gives_every_view_the_mean():
 def test_the_reward_is_told_the_view(view_prompts: bool):
     read = []
 
+    @PlainReward
     def reward(images: Tensor, prompts: list[str]) -> Tensor:
         read.append(prompts)
         return brightness(images, prompts)

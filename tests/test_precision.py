@@ -19,6 +19,7 @@ from psd.models.priors import stable_diffusion
 from psd.models.priors.mvdream import MVDreamPrior, start_from
 from psd.models.priors.stable_diffusion import StableDiffusionPrior, compute_dtype, vae_dtype
 from psd.models.priors.table import prior_info
+from tests.gaussian import PlainReward
 from tests.test_priors import make_prior_folder
 
 HALF = [torch.float16, torch.bfloat16]
@@ -62,6 +63,7 @@ def loader(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
     return load
 
 
+@PlainReward
 def brightness(images: Tensor, prompts: list[str]) -> Tensor:
     assert images.dtype == torch.float32
     return images.mean((1, 2, 3))

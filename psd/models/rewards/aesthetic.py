@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from psd.contracts import Reward
 from psd.models.rewards.image_reward import linear_head
 from psd.models.rewards.preprocess import load_mean_std, normalise, shorter_side
 from psd.models.weights import pretrained
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 AESTHETIC_FILE = "aesthetic-model.pth"  # sac+logos+ava1-l14-linearMSE.pth, renamed
 
 
-class AestheticReward:
+class AestheticReward(Reward):
     """r(image) = head(e / |e|), e the image embedding of CLIP ViT-L/14; about 1 to 10. Weights frozen, float32."""
 
     def __init__(self, name: str, licence: str, vision, head: nn.Sequential, mean: Tensor, std: Tensor):

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from psd.contracts import Reward
 from psd.models.rewards.preprocess import load_mean_std, longest_side, normalise, shorter_side
 from psd.models.weights import check_vocabulary, from_state_dict, pretrained, tokenize
 
@@ -38,7 +39,7 @@ VIT_H_14 = dict(
 )  # fmt: skip
 
 
-class CLIPReward:
+class CLIPReward(Reward):
     """r(y, image) = exp(logit_scale) * cos(text(y), image), as PickScore scores. Weights frozen, float32."""
 
     def __init__(self, name: str, licence: str, model, tokenizer, mean: Tensor, std: Tensor):

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from psd.contracts import Reward
 from psd.models.hub import Source
 from psd.models.rewards.preprocess import load_mean_std, normalise, shorter_side
 from psd.models.weights import check_vocabulary, from_state_dict, pretrained, tokenize
@@ -33,7 +34,7 @@ BERT_BASE = dict(
 )  # fmt: skip
 
 
-class ImageRewardModel:
+class ImageRewardModel(Reward):
     """r(y, image) = (head(first token of text(y, vision(image))) - mean) / std. Weights frozen, float32."""
 
     def __init__(

@@ -17,7 +17,7 @@ DECAY = 0.9  # of the running variances: about the last twenty pairs count
 ROUNDING = 1e-5  # differences of scores below this are float32's, not the reward's
 
 
-class Mixture:
+class Mixture(Reward):
     """r(y, image) = sum_k w_k * (r_k(y, image) - c_k) / s_k, a Reward as any other.
 
     s_k is the running standard deviation of r_k between noised copies of one sample (`rank`), not over the run or over
@@ -32,6 +32,9 @@ class Mixture:
 
     def __init__(self, members: Mapping[str, Reward], weights: Mapping[str, float], device: torch.device | str = "cpu"):
         self.members = dict(members)
+        self.name = " + ".join(f"{weights[name]:g} {name}".removeprefix("1 ") for name in self.members)
+        self.views = max(reward.views for reward in self.members.values())
+        self.differentiable = all(reward.differentiable for reward in self.members.values())
         self.weights: Float[Tensor, "K 1"] = torch.tensor([[weights[name]] for name in self.members], device=device)
         self.ranked = 0  # calls of `rank` that had something to compare
         self._variance = torch.zeros_like(self.weights)
@@ -40,12 +43,16 @@ class Mixture:
     def __call__(self, images: Float[Tensor, "B 3 H W"], prompts: list[str]) -> Float[Tensor, " B"]:
         return self._mix(self._scores(images, prompts))
 
-    def rank(self, images: Float[Tensor, "NB 3 H W"], prompts: list[str], noises: int) -> Float[Tensor, " NB"]:
-        """Scores of `noises` copies of the same samples, rows ordered (noise, sample), after learning from them."""
+    def rank(self, images: Float[Tensor, "B 3 H W"], prompts: list[str], copies: int) -> Float[Tensor, " S"]:
+        """Scores of `copies` of the same samples, rows ordered (copy, sample), after learning from them."""
         scores = self._scores(images, prompts)
-        if noises > 1:
-            self._learn(scores.detach().unflatten(1, (noises, -1)))
+        if copies > 1:
+            self._learn(scores.detach().unflatten(1, (copies, -1)))
         return self._mix(scores)
+
+    def bound(self) -> Mixture:
+        weights = dict(zip(self.members, self.weights[:, 0].tolist(), strict=True))
+        return Mixture(self.members, weights, self.weights.device)
 
     @property
     def scales(self) -> Float[Tensor, "K 1"]:
@@ -59,6 +66,9 @@ class Mixture:
         return torch.stack([reward(images, prompts) for reward in self.members.values()])
 
     def _learn(self, scores: Float[Tensor, "K N S"]) -> None:
+        scores = scores[..., scores.isfinite().all(0).all(0)]  # one nan would stay in the averages for ever
+        if not scores.numel():
+            return
         if not self.ranked:
             self._start = scores.mean((1, 2))[:, None]
         variance = scores.var(1).mean(1, keepdim=True)
