@@ -250,6 +250,15 @@ def test_without_cameras_every_row_is_a_single_picture(prior):
 
 
 @torch.no_grad()
+def test_every_group_may_have_a_timestep_of_its_own(prior):
+    x_t, cond, cameras = groups(2)
+    both = prior.eps(x_t, torch.tensor([300] * 4 + [700] * 4), cond, cameras)
+    for rows, t in ((slice(0, 4), 300), (slice(4, 8), 700)):
+        torch.testing.assert_close(both[rows], prior.eps(x_t[rows], t, cond[rows], cameras[rows]))
+    assert (both[4:] - prior.eps(x_t[4:], 300, cond[4:], cameras[4:])).abs().max() > 1e-3
+
+
+@torch.no_grad()
 def test_rows_with_and_without_a_camera_mix(prior):
     """A camera of zeros is none, which is not the embedding of zeros."""
     x_t, cond, cameras = groups(1)

@@ -115,6 +115,38 @@ def test_gradients_of_any_size_pass_the_half_networks(load: Load, dtype: torch.d
         assert got.norm().item() == pytest.approx(want.norm().item(), rel=0.05)
 
 
+@pytest.mark.parametrize("wild", [torch.nan, torch.inf, 1e30])
+def test_one_rows_wild_gradient_spoils_no_other_row(load: Load, wild: float):
+    prior = load(torch.float16)
+    torch.manual_seed(0)
+    x_t, cond, images = torch.randn(3, 4, 4, 4), torch.randn(3, 12, 16), torch.rand(3, 3, 8, 8)
+
+    def gradients(size: float) -> list[Tensor]:
+        inputs = [tensor.clone().requires_grad_() for tensor in (x_t, cond, images)]
+        x, y, pixels = inputs
+        outputs = prior.eps(x, 300, y), prior.decode(x), prior.encode(pixels)
+        weights = torch.tensor([1.0, size, 1.0]).view(3, 1, 1, 1)
+        return torch.autograd.grad(sum((weights * output).sum() for output in outputs), inputs)
+
+    for got, want in zip(gradients(wild), gradients(1.0), strict=True):
+        torch.testing.assert_close(got[::2], want[::2])
+
+
+def test_a_wild_gradient_stays_in_its_group_of_views(load_multi_view: Load):
+    prior = load_multi_view(torch.float16)
+    torch.manual_seed(0)
+    x_t, cond, cameras = torch.randn(8, *prior.latent_shape), torch.randn(8, 12, 16), torch.randn(8, 16)
+
+    def gradient(size: float) -> Tensor:
+        x = x_t.clone().requires_grad_()
+        weights = torch.tensor([1.0] * 5 + [size] + [1.0] * 2).view(8, 1, 1, 1)
+        return torch.autograd.grad((weights * prior.eps(x, 300, cond, cameras)).sum(), x)[0]
+
+    got, want = gradient(torch.nan), gradient(1.0)
+    torch.testing.assert_close(got[:4], want[:4])
+    assert got[4:].isnan().all()
+
+
 def test_a_gradient_leaves_no_hook_on_the_callers_tensors(load: Load):
     prior, cond = load(torch.float16), torch.randn(1, 12, 16, requires_grad=True)
     x_t = torch.randn(1, *prior.latent_shape)

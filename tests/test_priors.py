@@ -160,6 +160,17 @@ def test_a_batch_of_conditions_is_each_condition_alone(tiny_folder):
 
 
 @pytest.mark.parametrize("folder", ["tiny_folder", "kl_v_folder"])
+def test_every_row_may_have_a_timestep_of_its_own(folder, request):
+    prior = load_prior(str(request.getfixturevalue(folder)))
+    torch.manual_seed(0)
+    x_t, cond, t = torch.randn(3, *prior.latent_shape), torch.randn(3, 12, 16), torch.tensor([20, 500, 980])
+    together = prior.eps(x_t, t, cond)
+    for i in range(3):
+        torch.testing.assert_close(together[i : i + 1], prior.eps(x_t[i : i + 1], int(t[i]), cond[i : i + 1]))
+    assert not torch.allclose(together, prior.eps(x_t, 500, cond))
+
+
+@pytest.mark.parametrize("folder", ["tiny_folder", "kl_v_folder"])
 def test_encode_and_decode_use_images_in_0_1_and_the_scaling_factor(folder, request, monkeypatch):
     prior = load_exact(request.getfixturevalue(folder), monkeypatch)
     images = torch.rand(2, 3, prior.image_size, prior.image_size)

@@ -63,7 +63,7 @@ class MVDreamPrior(StableDiffusionPrior):
     def eps(
         self,
         x_t: Float[Tensor, "B C h w"],
-        t: int | Int[Tensor, ""],
+        t: int | Int[Tensor, ""] | Int[Tensor, " B"],
         cond: Float[Tensor, "B L D"],
         cameras: Float[Tensor, "B 16"] | None = None,
     ) -> Float[Tensor, "B C h w"]:
@@ -75,7 +75,7 @@ class MVDreamPrior(StableDiffusionPrior):
         views = 1 if cameras is None else self.views
         if cameras is not None:
             cameras = cameras.to(self.dtype)
-        return in_dtype(self.dtype, lambda x, y: predict(self.unet, x, t, y, cameras, views), x_t, cond)
+        return in_dtype(self.dtype, lambda x, y: predict(self.unet, x, t, y, cameras, views), x_t, cond, views=views)
 
 
 def predict(

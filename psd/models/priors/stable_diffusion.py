@@ -111,19 +111,19 @@ class StableDiffusionPrior:
     def eps(
         self,
         x_t: Float[Tensor, "B C h w"],
-        t: int | Int[Tensor, ""],
+        t: int | Int[Tensor, ""] | Int[Tensor, " B"],
         cond: Float[Tensor, "B L D"],
         cameras: Float[Tensor, "B 16"] | None = None,
     ) -> Float[Tensor, "B C h w"]:
         """eps-hat(x_t, cond, t), one condition per sample; of a v-prediction model alpha_t v + sigma_t x_t.
 
-        A prior of single images has no use for `cameras`.
+        t is one for all rows, or one a row. A prior of single images has no use for `cameras`.
         """
         t_in = timestep(t, x_t.device)
         predicted = in_dtype(self.dtype, lambda x, y: self.unet(x, t_in, encoder_hidden_states=y).sample, x_t, cond)
         if not self.predicts_v:
             return predicted
-        alpha_bar = self.alphas_cumprod[t].to(x_t.dtype)
+        alpha_bar = self.alphas_cumprod[t_in].to(x_t.dtype).view(-1, 1, 1, 1)
         return alpha_bar.sqrt() * predicted + (1 - alpha_bar).sqrt() * x_t
 
     def truncated(self, prompt: str) -> bool:
@@ -172,24 +172,31 @@ def in_slices(
     return torch.cat([in_dtype(dtype, network, part) for part in x.split(rows)])
 
 
-def in_dtype(dtype: torch.dtype, network: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+def in_dtype(
+    dtype: torch.dtype, network: Callable[..., Tensor], *inputs: Float[Tensor, "B ..."], views: int = 1
+) -> Float[Tensor, "B ..."]:
     """network(*inputs) computed in `dtype`, answered in the precision of the first input.
 
     A gradient enters a float16 network scaled to a maximum of 1 and is scaled back behind it: that of a reward, spread
-    over all pixels of an image, would vanish below float16's 6e-8 (loss scaling, Micikevicius et al. 2018).
+    over all pixels of an image, would vanish below float16's 6e-8 (loss scaling, Micikevicius et al. 2018). Every
+    `views` rows, which the network lets see each other, have a scale of their own: what overflows stays among them.
     """
     if dtype != torch.float16 or not any(x.requires_grad for x in inputs) or not torch.is_grad_enabled():
         return network(*(x.to(dtype) for x in inputs)).to(inputs[0].dtype)
     scales: list[Tensor] = []
 
     def scale_up(gradient: Tensor) -> Tensor:
-        scales[:] = [1 / gradient.abs().max().clamp(min=1e-30)]
-        return gradient * scales[0]
+        largest = gradient.abs().reshape(len(gradient) // views, -1).amax(1)
+        scales[:] = [(1 / largest.clamp(min=1e-30)).repeat_interleave(views)]
+        return gradient * like(gradient)
+
+    def like(gradient: Tensor) -> Tensor:
+        return scales[0].view(-1, *(1,) * (gradient.ndim - 1))
 
     inputs = tuple(x.view_as(x) for x in inputs)  # a hook on the caller's own tensor would stay there
     for x in inputs:
         if x.requires_grad:
-            x.register_hook(lambda gradient: gradient / scales[0])
+            x.register_hook(lambda gradient: gradient / like(gradient))
     answer = network(*(x.to(dtype) for x in inputs)).to(inputs[0].dtype)
     answer.register_hook(scale_up)
     return answer
@@ -210,7 +217,7 @@ def vae_dtype(device: str) -> torch.dtype:
 
 def timestep(t: int | Int[Tensor, "*shape"], device: torch.device) -> Int[Tensor, "*shape"]:
     """t as diffusers' UNets want it. Given a number they copy it to the GPU, and wait for all that is queued there."""
-    return t if isinstance(t, Tensor) else torch.full((), t, device=device)
+    return t.to(device) if isinstance(t, Tensor) else torch.full((), t, device=device)
 
 
 def words(text: str) -> list[str]:
