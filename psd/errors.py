@@ -17,6 +17,30 @@ class RequestError(ValueError):
         self.field = field
 
 
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "out of memory",
+    "alloc_failed",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of the CPU or of a GPU: in `error` or in what it was raised from.
+
+    torch's allocator for the CPU and CUDA's libraries raise plain RuntimeErrors, a mapped file an OSError.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError":
+            return True
+        if isinstance(cause, RuntimeError | OSError) and any(part in str(cause).lower() for part in OUT_OF_MEMORY):
+            return True
+        cause = cause.__cause__
+    return False
+
+
 def unknown_name(field: str, name: str, known: Iterable[str], otherwise: str = "") -> str:
     """The sentence about a name that is not in `known`: nearest names first, then all, then what else would do."""
     known = list(known)

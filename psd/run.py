@@ -21,7 +21,7 @@ from torch import Tensor
 import psd
 from psd.config import RunConfig, arms_of
 from psd.contracts import Reward
-from psd.errors import RequestError
+from psd.errors import RequestError, is_out_of_memory
 from psd.events import Finished, Preview, Started, Step
 from psd.export import export_json, export_metrics
 from psd.image import ImageStep
@@ -116,8 +116,8 @@ def load_rewards(target: str, device: str) -> dict[str, Reward]:
     for name in held_out_rewards(target):
         try:
             rewards[name] = load_reward(name, device)
-        except (RequestError, torch.OutOfMemoryError) as error:
-            if REWARDS[name].embedded:
+        except Exception as error:
+            if REWARDS[name].embedded or not (isinstance(error, RequestError) or is_out_of_memory(error)):
                 raise
             log.warning("held-out judge is left out: %s", error)
     return rewards

@@ -59,10 +59,13 @@ def test_it_decodes_the_unets_own_latents(folder: Path, monkeypatch: pytest.Monk
     assert gradient.abs().sum() > 0
 
 
-@pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_bytes(file.read_bytes()[:-100])])
-def test_damaged_weights_are_one_sentence(folder: Path, damage: Callable[[Path], object]):
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [(Path.unlink, "is missing"), (lambda file: file.write_bytes(file.read_bytes()[:-100]), "is damaged")],
+)
+def test_missing_and_damaged_weights_are_one_sentence(folder: Path, damage: Callable[[Path], object], sentence: str):
     damage(folder / "diffusion_pytorch_model.safetensors")
-    with pytest.raises(RequestError, match=r"^The weights of '[^\n]+ are incomplete or damaged") as refusal:
+    with pytest.raises(RequestError, match=rf"^A file of '[^\n]+' {sentence}: restore") as refusal:
         load_fast_decoder(replace(TAESD, source=Source(str(folder))))
     assert refusal.value.__cause__ is not None
 

@@ -279,7 +279,7 @@ def test_a_published_judge_that_cannot_be_read_is_left_out_and_not_downloaded(ca
     assert "held-out judge is left out: 'hpsv2.1' was downloaded whole but cannot be read" in caplog.text
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError, torchs_cpu_allocator])
 def test_a_judge_that_finds_no_room_is_left_out(error, cache: Path, monkeypatch, caplog):
     monkeypatch.setattr(NoRoom, "error", error)
     here = replace(REWARDS["toybox/preference"], download_mb=1)

@@ -16,6 +16,7 @@ from psd.errors import RequestError
 from psd.guidance import cfg
 from psd.models.hub import Source
 from psd.models.priors import mvdream as mv
+from psd.models.priors.ldm import is_multi_view
 from psd.models.priors.mvdream import (
     MVDreamPrior,
     convert_key,
@@ -464,10 +465,13 @@ def reshape(weights: dict, name: str) -> None:
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (Path.unlink, "incomplete or damaged"),
-        (cut, "incomplete or damaged"),
-        (partial(to_checkpoint, content=[1, 2]), "incomplete or damaged"),
-        (partial(to_checkpoint, content=Path("pickled")), "incomplete or damaged"),  # no class is unpickled
+        (Path.unlink, "A file of 'broken-model' is missing"),
+        (cut, "A file of 'broken-model' is damaged"),
+        (partial(to_checkpoint, content=[1, 2]), "incomplete or damaged, or those of another kind"),
+        (
+            partial(to_checkpoint, content=Path("pickled")),
+            "A file of 'broken-model' is damaged",
+        ),  # nothing is unpickled
         (to_checkpoint, "290 parameters are missing and 0 unknown or of another shape, the first is 'conv_in.weight'"),
         (
             partial(rewrite, change=lambda weights: weights.pop("camera_embed.2.bias")),
@@ -500,7 +504,7 @@ def test_damaged_unet_weights_are_one_sentence_without_paths(damage, sentence, p
 def test_other_damaged_files_are_one_sentence(file, published, tmp_path):
     folder = shutil.copytree(published, tmp_path / "broken-model")
     cut(folder / file)
-    with pytest.raises(RequestError, match="'broken-model' are incomplete or damaged"):
+    with pytest.raises(RequestError, match="A file of 'broken-model' is damaged"):
         load(folder)
 
 
@@ -529,6 +533,6 @@ def test_models_of_another_kind_are_refused(single_view_folder, published, tmp_p
 
 def test_is_multi_view_tells_the_configs_apart(published, single_view_folder):
     configs = [json.loads((folder / "unet/config.json").read_text()) for folder in (published, single_view_folder)]
-    assert [mv.is_multi_view(config) for config in configs] == [True, False]
+    assert [is_multi_view(config) for config in configs] == [True, False]
     labelled = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 2816}
-    assert not mv.is_multi_view(labelled)
+    assert not is_multi_view(labelled)

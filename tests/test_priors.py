@@ -256,7 +256,7 @@ def test_sharded_weights_load_and_a_missing_shard_is_refused(tiny_folder, tmp_pa
 
     broken = shutil.copytree(folder, tmp_path / "broken-shards")
     next((broken / "unet").glob("*-of-*.safetensors")).unlink()
-    with pytest.raises(RequestError, match="'broken-shards' are incomplete or damaged"):
+    with pytest.raises(RequestError, match="A file of 'broken-shards' is missing"):
         load_prior(str(broken))
 
 

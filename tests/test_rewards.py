@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from psd.errors import RequestError
-from psd.models import rewards
 from psd.models.hub import Source
 from psd.models.rewards import aesthetic, clip_scores, image_reward, load_reward, mps, table
 from psd.models.rewards.preprocess import CLIP_MEAN, CLIP_STD, bicubic, longest_side, normalise, shorter_side
@@ -64,6 +63,9 @@ def bert_tokenizer(size: int):
 
 
 HPS = "psd.models.rewards.clip_scores:HPSv2Reward"
+
+
+AESTHETIC, MPS = "psd.models.rewards.aesthetic:AestheticReward", "psd.models.rewards.mps:MPSReward"
 
 
 def register(monkeypatch, name: str, model: str, source: Path, **more) -> None:
@@ -438,7 +440,7 @@ def aesthetic_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def tiny_aesthetic(aesthetic_folder, monkeypatch):
-    register(monkeypatch, "tiny", rewards.load_aesthetic, aesthetic_folder, encoder=Source(str(aesthetic_folder)))
+    register(monkeypatch, "tiny", AESTHETIC, aesthetic_folder, encoder=Source(str(aesthetic_folder)))
     return load_reward("tiny")
 
 
@@ -478,8 +480,8 @@ class Bomb:
 def test_a_checkpoint_with_code_in_it_is_refused_unread(aesthetic_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"layers.0.weight": Bomb()}, tmp_path / aesthetic.AESTHETIC_FILE)
-    register(monkeypatch, "bomb", rewards.load_aesthetic, tmp_path, encoder=Source(str(aesthetic_folder)))
-    with pytest.raises(RequestError, match="'bomb' are incomplete or damaged"):
+    register(monkeypatch, "bomb", AESTHETIC, tmp_path, encoder=Source(str(aesthetic_folder)))
+    with pytest.raises(RequestError, match="A file of 'bomb' is damaged"):
         load_reward("bomb")
     assert not (tmp_path / "exploded").exists()
 
@@ -488,7 +490,7 @@ def test_a_head_for_another_encoder_is_refused(aesthetic_folder, tmp_path, monke
     torch.save(
         {"layers.0.weight": torch.zeros(1, 512), "layers.0.bias": torch.zeros(1)}, tmp_path / "aesthetic-model.pth"
     )
-    register(monkeypatch, "other-head", rewards.load_aesthetic, tmp_path, encoder=Source(str(aesthetic_folder)))
+    register(monkeypatch, "other-head", AESTHETIC, tmp_path, encoder=Source(str(aesthetic_folder)))
     with pytest.raises(RequestError, match="'other-head' are incomplete or damaged"):
         load_reward("other-head")
 
@@ -535,7 +537,7 @@ def tiny_mps(tmp_path, monkeypatch):
     monkeypatch.setattr(mps, "CROSS", cross)
     make_mps(tmp_path)
     clip_tokenizer(99, 16).save_pretrained(tmp_path)
-    register(monkeypatch, "tiny-mps", rewards.load_mps, tmp_path, tokenizer=Source(str(tmp_path)))
+    register(monkeypatch, "tiny-mps", MPS, tmp_path, tokenizer=Source(str(tmp_path)))
     return load_reward("tiny-mps")
 
 

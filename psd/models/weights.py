@@ -6,6 +6,7 @@ REWARDS stay cheap to read. Where the files come from is psd.models.hub's.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -13,9 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from psd.errors import RequestError
+from psd.errors import RequestError, is_out_of_memory
 from psd.models.hub import Source, remove_damaged
 
+log = logging.getLogger(__name__)
+
+DAMAGED = ("SafetensorError", "JSONDecodeError", "UnicodeDecodeError", "UnpicklingError", "EOFError", "BadZipFile")
 _LOAD_LOCK, _TABLE_LOCK = threading.RLock(), threading.Lock()
 _TOKENIZER_LOCK = threading.Lock()
 
@@ -47,17 +51,19 @@ def load_once(loaded: OrderedDict, key: tuple, load: Callable[[], Any], keep: in
 
 @contextmanager
 def readable_errors(name: str, *sources: Source) -> Iterator[None]:
-    """Turn whatever a loader raises into one RequestError without paths; the cause stays chained for the log.
+    """Turn whatever a loader raises into one RequestError without paths; its cause is logged and stays chained.
 
-    `sources` are what it reads, the model's own first. A damaged file of the hub's cache is taken out of it.
+    `sources` are what it reads, the model's own first. A damaged file of the hub's cache is taken out of it. Memory
+    that ran out is no fault of the files and passes.
     """
     try:
         yield
-    except (RequestError, ImportError, MemoryError):
+    except (RequestError, ImportError):
         raise
     except Exception as error:  # as wide as this because tokenizers raises plain Exception for a damaged file
-        if type(error).__name__ == "OutOfMemoryError":
+        if is_out_of_memory(error):
             raise
+        log.warning("%s cannot be loaded", name, exc_info=True)
         for source in sources:
             if not source.is_folder and (file := remove_damaged(source)):
                 raise RequestError(
@@ -71,9 +77,21 @@ def readable_errors(name: str, *sources: Source) -> Iterator[None]:
             ) from error
         if not Path(sources[0].path).is_dir():
             raise RequestError(f"The folder of '{name}' is missing: restore its weights or choose another.") from error
-        raise RequestError(
-            f"The weights of '{name}' are incomplete or damaged: restore the folder's files or choose another model."
-        ) from error
+        raise RequestError(f"{fault(error, name)}: restore the folder's files or choose another model.") from error
+
+
+def fault(error: BaseException | None, name: str) -> str:
+    """What is wrong with a model's folder as far as a loader's error tells, without its paths."""
+    while error is not None:
+        text = str(error)
+        if isinstance(error, FileNotFoundError) or (isinstance(error, OSError) and "no file named" in text):
+            known = isinstance(error, FileNotFoundError) and error.filename
+            file = f"file '{Path(error.filename).name}'" if known else "file"
+            return f"A {file} of '{name}' is missing"
+        if type(error).__name__ in DAMAGED or "PytorchStreamReader" in text:
+            return f"A file of '{name}' is damaged"
+        error = error.__cause__ or error.__context__
+    return f"The files of '{name}' are incomplete or damaged, or those of another kind of model"
 
 
 def pretrained(cls: type, source: Source, **kwargs: Any) -> Any:
@@ -84,9 +102,9 @@ def pretrained(cls: type, source: Source, **kwargs: Any) -> Any:
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    for logging in (diffusers_logging, transformers_logging):
-        logging.set_verbosity_error()  # what their warnings would tell is checked below
-        logging.disable_progress_bar()
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()  # what their warnings would tell is checked below
+        library.disable_progress_bar()
     model, report = cls.from_pretrained(
         source.path, use_safetensors=True, output_loading_info=True, **source.where, **kwargs
     )
