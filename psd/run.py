@@ -125,14 +125,7 @@ def load_rewards(target: str, device: str) -> dict[str, Reward]:
 
 def warnings_of(prior, config: RunConfig) -> tuple[str, ...]:
     """One sentence for each thing in the prompts that this prior will not understand."""
-    found = []
-    for label, text in (("prompt", config.prompt), ("negative prompt", config.negative_prompt)):
-        for word, nearest in prior.unknown_words(text):
-            hint = f"; near to it: {' or '.join(nearest)}" if nearest else ""
-            found.append(f"{prior.name} was never trained on the word '{word}' of the {label}{hint}.")
-        if prior.truncated(text):
-            found.append(f"The {label} is cut after the {prior.max_tokens} tokens that {prior.name} reads.")
-    return tuple(found)
+    return (*prior.remarks(config.prompt), *prior.remarks(config.negative_prompt, "negative prompt"))
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ from psd.models.priors.mvdream import (
 )
 from psd.models.priors.table import PriorInfo
 from psd.models.weights import readable_errors
+from psd.scene.rig import Frame
 from tests.test_priors import make_prior_folder, make_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden" / "mvdream_unet"
@@ -326,7 +327,7 @@ def test_it_is_a_prior_of_the_published_size(prior, published):
     from psd.contracts import Prior
 
     assert isinstance(prior, Prior)
-    assert (prior.name, prior.licence, prior.views) == ("published", "openrail", 4)
+    assert (prior.name, prior.licence, prior.views, prior.frame) == ("published", "openrail", 4, Frame())
     assert prior.latent_shape == (4, 32, 32) and prior.image_size == 64  # the tiny VAE has f = 2
     alphas = prior.alphas_cumprod
     assert alphas[0].item() == pytest.approx(1 - 0.00085, abs=1e-6) and len(alphas) == 1000

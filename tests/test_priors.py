@@ -210,8 +210,9 @@ def test_weights_are_frozen_and_gradients_reach_the_inputs(tiny_folder):
 def test_truncated_counts_tokens_not_characters(tiny_folder):
     prior = load_prior(str(tiny_folder))
     fits, too_long = " ".join(["mushroom"] * 10), " ".join(["mushroom"] * 11)  # 12 with start and end
-    assert not prior.truncated("") and not prior.truncated(fits)
-    assert prior.truncated(too_long)
+    assert prior.remarks("") == prior.remarks(fits) == []
+    (cut,) = prior.remarks(too_long, "negative prompt")
+    assert cut == "The negative prompt is cut after the 12 tokens that tiny reads."
     assert torch.equal(*prior.embed([too_long, fits]))
 
 
@@ -220,6 +221,16 @@ def test_unknown_words_are_named_once_with_nearest_known_ones(tiny_folder, kl_v_
     assert prior.unknown_words("A RED mushroom, with (white) stem!") == []
     assert prior.unknown_words("a mushrom-stem, Zeppelin; zeppelin") == [("mushrom", ("mushroom",)), ("zeppelin", ())]
     assert all(len(nearest) <= 2 for _, nearest in prior.unknown_words("lam blu re whit"))
+    assert prior.remarks("a mushrom, a zeppelin") == [
+        "tiny was never trained on the word 'mushrom' of the prompt; near to it: mushroom.",
+        "tiny was never trained on the word 'zeppelin' of the prompt.",
+        "The prompt is cut after the 12 tokens that tiny reads.",
+    ]
+
+
+def test_of_many_unknown_words_the_first_five_are_told(tiny_folder):
+    found = load_prior(str(tiny_folder)).remarks("q r s t u v w")
+    assert [sentence.split("'")[1] for sentence in found if "never trained" in sentence] == list("qrstu")
 
 
 def test_a_folder_without_lexicon_knows_no_unknown_words(tiny_folder, tmp_path):

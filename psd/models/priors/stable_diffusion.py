@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from psd.errors import RequestError
+from psd.errors import RequestError, shown
 from psd.models.hub import Source
 from psd.models.weights import check_vocabulary, pretrained, token_count, tokenize
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from psd.models.priors.table import PriorInfo
 
 PREDICTIONS = ("epsilon", "v_prediction")
+UNKNOWN_WORDS = 5  # are told of, at most
 PIXELS_AT_ONCE = 512 * 512  # that a VAE sees: an image of 512 px alone fills a GPU, and a batch only takes memory
 
 
@@ -40,12 +41,14 @@ class StableDiffusionPrior:
 
     views: int = 1  # rows of one object, which see each other
 
-    def __init__(self, name: str, licence: str, tokenizer, text_encoder, vae, unet, scheduler, lexicon: list[str]):
+    def __init__(
+        self, name: str, info: PriorInfo, tokenizer, text_encoder, vae, unet, scheduler, lexicon: list[str]
+    ):  # fmt: skip
         if scheduler.config.prediction_type not in PREDICTIONS:
             raise RequestError(
                 f"'{name}' predicts {scheduler.config.prediction_type}: use a model that predicts epsilon or v."
             )
-        self.name, self.licence = name, licence
+        self.name, self.licence, self.frame = name, info.licence, info.frame
         self.tokenizer, self.text_encoder, self.vae, self.unet = tokenizer, text_encoder, vae, unet
         self.predicts_v = scheduler.config.prediction_type == "v_prediction"
         self.dtype: torch.dtype = unet.dtype
@@ -79,7 +82,7 @@ class StableDiffusionPrior:
         scheduler = DDIMScheduler.from_pretrained(source.path, subfolder="scheduler", **source.where)
         text_encoder = text_encoder.to(device)
         vae, unet = (part.to(device, memory_format=torch.channels_last) for part in (vae, unet))  # VAE: half the time
-        return cls(name, info.licence, tokenizer, text_encoder, vae, unet, scheduler, load_lexicon(source))
+        return cls(name, info, tokenizer, text_encoder, vae, unet, scheduler, load_lexicon(source))
 
     @classmethod
     def load_unet(cls, name: str, source: Source, dtype: torch.dtype) -> UNet2DConditionModel:
@@ -126,18 +129,24 @@ class StableDiffusionPrior:
         alpha_bar = self.alphas_cumprod[t_in].to(x_t.dtype).view(-1, 1, 1, 1)
         return alpha_bar.sqrt() * predicted + (1 - alpha_bar).sqrt() * x_t
 
-    def truncated(self, prompt: str) -> bool:
-        """Whether `embed` cuts this prompt."""
-        return token_count(self.tokenizer, prompt) > self.max_tokens
+    def remarks(self, prompt: str, label: str = "prompt") -> list[str]:
+        """One sentence for each thing in a text, called `label`, that this prior will not understand."""
+        found = []
+        for word, nearest in self.unknown_words(prompt):
+            hint = f"; near to it: {' or '.join(nearest)}" if nearest else ""
+            found.append(f"{self.name} was never trained on the word {shown(word)} of the {label}{hint}.")
+        if token_count(self.tokenizer, prompt) > self.max_tokens:
+            found.append(f"The {label} is cut after the {self.max_tokens} tokens that {self.name} reads.")
+        return found
 
     def unknown_words(self, prompt: str) -> list[tuple[str, tuple[str, ...]]]:
-        """Words this prior was never trained on, each once, with up to two that are spelled alike and known.
+        """The first words this prior was never trained on, each once, with up to two that are spelled alike and known.
 
         Empty for a prior without a lexicon.json: it speaks English at large.
         """
         if not self.lexicon:
             return []
-        unknown = [word for word in dict.fromkeys(words(prompt)) if word not in self.lexicon]
+        unknown = [word for word in dict.fromkeys(words(prompt)) if word not in self.lexicon][:UNKNOWN_WORDS]
         return [(word, tuple(difflib.get_close_matches(word, self.lexicon, n=2))) for word in unknown]
 
 
