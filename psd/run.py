@@ -27,6 +27,7 @@ from psd.export import export_json, export_metrics
 from psd.image import ImageStep
 from psd.make_image import MakeImage
 from psd.make_object import MakeObject
+from psd.models.hub import OWNER, Access
 from psd.models.needs import fetch_models
 from psd.models.priors import load_fast_decoder, load_prior
 from psd.models.priors.table import prior_info
@@ -46,15 +47,19 @@ BUDGET_SHARE = 0.9  # of the time budget goes to loading and the loop, the rest 
 
 
 def generate(
-    config: RunConfig, output_root: Path | None = None, device: str | None = None, allow_download: bool = True
+    config: RunConfig,
+    output_root: Path | None = None,
+    device: str | None = None,
+    allow_download: bool = True,
+    access: Access = OWNER,
 ) -> Iterator:
     """Run `config`; yields Downloading, Started, Steps with Previews, Finished (psd.events).
 
     Files go to a new folder under `output_root` ("outputs"). Raises RequestError, with one sentence, before anything
     heavy for a bad request and while loading for missing weights.
     """
-    check_request(config, allow_local=True)
-    yield from fetch_models(config, allow_download)
+    check_request(config, allow_local=access == OWNER)
+    yield from fetch_models(config, allow_download, access)
     called = time.monotonic()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     prior = load_prior(config.prior, device)

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ import pytest
 from psd.config import RunConfig
 from psd.errors import RequestError
 from psd.models import hub as psd_hub
-from psd.models.hub import DIFFUSERS_FILES, Source, download_trouble
+from psd.models.hub import DIFFUSERS_FILES, OWNER, STRANGER, Source, download_trouble
 from psd.models.needs import check_downloads, missing_models
 from psd.models.priors.table import PRIORS, PriorInfo
 from psd.models.rewards.table import REWARDS
@@ -27,6 +28,7 @@ from tests.local_hub import GRANTED, LocalHub
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 FILES = (WEIGHTS, CONFIG)
+UNET = "unet/config.json"
 GET_WEIGHTS, GET_CONFIG = f"GET /cdn/.*{WEIGHTS}", f"GET .*/resolve/.*{CONFIG}"
 PUBLISHED = RunConfig.from_preset("sd15-paper", prompt="a red mushroom")
 
@@ -50,8 +52,11 @@ class Client:
         streams = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.process = subprocess.Popen(command, cwd=ROOT, env=environment, **streams)
 
-    def __call__(self, name: str, files: tuple[str, ...] = FILES, revision: str = "main", stop: bool = False):
-        request = {"name": name, "files": files, "revision": revision, "stop": stop}
+    def __call__(
+        self, name: str, files: tuple[str, ...] = FILES, revision: str = "main", stop: bool = False,
+        stranger: bool = False,
+    ):  # fmt: skip
+        request = {"name": name, "files": files, "revision": revision, "stop": stop, "stranger": stranger}
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         return SimpleNamespace(**json.loads(self.process.stdout.readline()))
@@ -249,10 +254,141 @@ def test_a_disk_that_takes_no_more(error: Exception, sentence: str):
 def test_a_full_disk_is_noticed_before_anything_is_downloaded(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(psd_hub, "is_cached", lambda source: False)
     monkeypatch.setattr(psd_hub, "check_online", lambda name: None)
-    monkeypatch.setattr(psd_hub, "missing_files", lambda source: ("0" * 40, {WEIGHTS: 10**18}))
+    monkeypatch.setattr(psd_hub, "missing_files", lambda source, access: ("0" * 40, {WEIGHTS: 10**18}))
     monkeypatch.setattr(psd_hub, "fetch", lambda *_: pytest.fail("it was downloaded"))
     with pytest.raises(RequestError, match=r"The disk is full: free space .* for 'org/name'"):
         list(psd_hub.download(Source("org/name", "main", FILES)))
+
+
+def test_some_of_the_disk_stays_free(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(psd_hub.shutil, "disk_usage", lambda folder: SimpleNamespace(free=5e9))
+    psd_hub.check_space(3 * 10**9)
+    with pytest.raises(OSError, match="3001 MB are needed"):
+        psd_hub.check_space(3001 * 10**6)
+
+
+def test_a_stranger_may_not_fill_the_disk(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(psd_hub, "check_online", lambda name: None)
+    monkeypatch.setattr(psd_hub, "check_space", lambda size: None)
+    monkeypatch.setattr(psd_hub, "missing_files", lambda source, access: ("0" * 40, {WEIGHTS: 12_001 * 10**6}))
+    fetched: list[psd_hub.Access] = []
+    monkeypatch.setattr(psd_hub, "fetch", lambda *arguments: fetched.append(arguments[-1]))
+    with pytest.raises(RequestError, match=r"^'org/name' would download 12001 MB, at most 12000 MB are allowed"):
+        list(psd_hub.download(Source("org/name", "main", FILES), STRANGER))
+    assert not fetched
+    list(psd_hub.download(Source("org/name", "main", FILES)))
+    assert fetched == [OWNER]
+
+
+# Who asks
+
+
+@pytest.fixture
+def typed(hub: LocalHub, repo: str) -> str:
+    """The repository laid out as a Stable Diffusion: configs that fit, weights that are none."""
+    folder = hub.repos[repo].folder
+    configs = {
+        "model_index.json": {"_class_name": "StableDiffusionPipeline"},
+        "scheduler/scheduler_config.json": {"prediction_type": "epsilon"},
+        "text_encoder/config.json": {"model_type": "clip_text_model", "hidden_size": 16},
+        "vae/config.json": {"_class_name": "AutoencoderKL"},
+        "unet/config.json": {"_class_name": "UNet2DConditionModel", "sample_size": 4, "cross_attention_dim": 16},
+    }
+    for file in ("tokenizer/vocab.json", "text_encoder/model.safetensors", "vae/diffusion_pytorch_model.safetensors",
+                 "unet/diffusion_pytorch_model.safetensors"):  # fmt: skip
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).write_bytes(f"{repo} {file}".encode())
+    (folder / "scheduler").mkdir()
+    for file, config in configs.items():
+        (folder / file).write_text(json.dumps(config))
+    return repo
+
+
+@pytest.fixture(scope="module")
+def trusted(hub: LocalHub, home: Path) -> Iterator[Client]:
+    """A process whose environment holds the owner's token."""
+    client = Client(hub.environment(home, HF_TOKEN=GRANTED))
+    yield client
+    client.close()
+
+
+def with_token(hub: LocalHub) -> set[bool]:
+    return {"authorization" in map(str.lower, headers) for _, _, headers in hub.requests}
+
+
+def test_a_stranger_is_not_served_with_the_owners_token(hub: LocalHub, trusted: Client, home: Path, typed: str):
+    hub.repos[typed].gated = True
+    for files in (FILES, ()):
+        got = trusted(typed, files, stranger=True)
+        assert got.sentence.startswith(f"'{typed}' is not a public repository of the hub") and not got.after
+    assert "HF_TOKEN" not in got.sentence
+    assert with_token(hub) == {False} and stored(home, typed) == []
+    hub.repos[typed].gated = False
+    assert trusted(typed, (), stranger=True).after
+    assert with_token(hub) == {False}
+
+
+def test_what_the_owners_token_brought_is_served_to_a_stranger_only_while_it_is_public(
+    hub: LocalHub, trusted: Client, home: Path, typed: str
+):
+    hub.repos[typed].gated = True
+    assert trusted(typed, ()).after
+    assert trusted(typed, (), stranger=True).sentence.startswith(f"'{typed}' is not a public repository")
+    offline = Client(hub.environment(home, HF_HUB_OFFLINE="1"))
+    assert offline(typed, (), stranger=True).sentence.startswith(f"Whether '{typed}' is public cannot be asked")
+    assert offline(typed, ()).sentence == ""
+    offline.close()
+    hub.repos[typed].gated = False
+    hub.requests.clear()
+    served = trusted(typed, (), stranger=True)
+    assert (served.sentence, served.told, hub.downloads(), with_token(hub)) == ("", [], [], {False})
+
+
+def test_generate_asks_on_behalf_of_whoever_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from psd import run
+
+    asked: list[psd_hub.Access] = []
+    monkeypatch.setattr(run, "fetch_models", lambda config, allowed, access: asked.append(access) or 1 / 0)
+    config = RunConfig(prompt="a lamp")
+    for access in (OWNER, STRANGER):
+        with pytest.raises(ZeroDivisionError):
+            next(run.generate(config, tmp_path, access=access))
+    assert asked == [OWNER, STRANGER]
+    with pytest.raises(RequestError, match="is a path, which only the command line may use"):
+        next(run.generate(replace(config, prior="./weights"), tmp_path, access=STRANGER))
+
+
+# A typed id is judged before gigabytes come
+
+SMALL = {"model_index.json", "scheduler/scheduler_config.json", "text_encoder/config.json", "vae/config.json", UNET}
+
+
+@pytest.mark.parametrize(
+    ("file", "settings", "told", "fetched"),
+    [
+        ("model_index.json", {"_class_name": "StableDiffusionXLPipeline"}, "is a 'StableDiffusionXLPipeline'", 1),
+        ("model_index.json", {"_class_name": "FluxPipeline"}, "is a 'FluxPipeline': choose a text-to-image Stable", 1),
+        ("model_index.json", {"text_encoder_2": ["transformers", "CLIPTextModel"]}, "has two text encoders", 1),
+        (UNET, {"in_channels": 9}, "is an inpainting model", 5),
+        (UNET, {"layers_per_block": 2_000_000}, "has 'layers_per_block' of 2000000", 5),
+        ("scheduler/scheduler_config.json", {"prediction_type": "sample"}, "predicts sample", 5),
+        ("model_index.json", {"note": "x" * 10**6}, "would download 2 MB, at most 1 MB are allowed", 0),
+    ],
+)
+def test_an_unfit_repository_is_named_before_its_weights_are_fetched(
+    hub: LocalHub, client: Client, typed: str, file: str, settings: dict, told: str, fetched: int
+):
+    path = hub.repos[typed].folder / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    got = client(typed, ())
+    assert got.sentence.startswith(f"'{typed}' {told}") and not got.after
+    assert set(hub.downloads()) <= SMALL and len(set(hub.downloads())) == fetched
+
+
+def test_a_fit_repository_is_fetched_whole(hub: LocalHub, client: Client, typed: str):
+    got = client(typed, (), stranger=True)
+    assert (got.sentence, got.after) == ("", True)
+    assert len(hub.downloads()) == len(set(hub.downloads())) == 9
 
 
 # A cached file that broke later
@@ -353,7 +489,7 @@ def test_what_is_cached_needs_no_permission(online: None, cached: tuple[Source, 
 def test_generate_asks_before_it_downloads(online: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from psd.run import generate
 
-    monkeypatch.setattr("psd.run.download", lambda source: pytest.fail("it was downloaded"))
+    monkeypatch.setattr("psd.models.needs.download", lambda *_: pytest.fail("it was downloaded"))
     with pytest.raises(RequestError, match=r"^allow_download"):
         next(generate(PUBLISHED, tmp_path, allow_download=False))
     assert list(tmp_path.iterdir()) == []
@@ -414,17 +550,18 @@ def test_a_download_is_shown_on_the_page_and_in_the_api(tmp_path: Path, monkeypa
 def test_the_command_line_says_what_it_downloads(
     online: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    from psd import run
     from psd.__main__ import main
+    from psd.models import needs
 
     fetched: list[str] = []
 
-    def download(source: Source) -> Iterator[psd_hub.Downloading]:
+    def download(source: Source, access: psd_hub.Access) -> Iterator[psd_hub.Downloading]:
+        assert access == OWNER
         fetched.append(source.name)
         yield psd_hub.Downloading(source.name, 1.0, 2.0)
         raise RequestError("The disk is full.")
 
-    monkeypatch.setattr(run, "download", download)
+    monkeypatch.setattr(needs, "download", download)
     command = ["a red mushroom", "--preset", "sd15-paper", "--quiet", "--output", str(tmp_path)]
     assert main([*command, "--no-allow-download"]) == 2
     assert fetched == [] and "error: allow_download must be true" in capsys.readouterr().err
@@ -437,7 +574,7 @@ def test_the_command_line_says_what_it_downloads(
 
 def test_reading_what_is_missing_loads_no_heavy_library():
     code = (
-        "import sys; from psd.config import RunConfig; from psd.safety import missing_models; "
+        "import sys; from psd.config import RunConfig; from psd.models.needs import missing_models; "
         "missing_models(RunConfig(prior='org/name')); print({'torch', 'diffusers', 'transformers'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import math
 import os
 import re
 import shutil
@@ -24,6 +25,8 @@ from psd.events import Downloading
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 TELL_EVERY_S = 0.5
 LISTING_TIMEOUT_S = 10.0  # huggingface_hub itself would wait for this one answer for ever
+MARGIN_MB = 2_000  # of the disk stay free
+STRANGERS_MB = 12_000  # of one repository: Stable Diffusion in float32 is 5,000
 OTHERWISE = "choose a model that comes with the app"
 HUB_ID = re.compile(r"[A-Za-z0-9](?:[\w.-]*\w)?/[A-Za-z0-9](?:[\w.-]*\w)?", re.ASCII)
 
@@ -37,6 +40,18 @@ DIFFUSERS_FILES = (
     "unet/config.json", "unet/diffusion_pytorch_model[.-][0s]*",
     "model_index.json",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Access:
+    """On whose behalf the hub is asked: with which token, and for how much of one repository at most."""
+
+    token: bool | None  # as huggingface_hub takes it: None is the environment's (HF_TOKEN), False none at all
+    max_mb: int | None = None
+
+
+OWNER = Access(token=None)  # of this machine: command line, Python
+STRANGER = Access(token=False, max_mb=STRANGERS_MB)  # whoever comes over the network
 
 
 @dataclass(frozen=True)
@@ -82,15 +97,13 @@ def is_hub_id(name: str) -> bool:
     return spelled and not name.startswith("toybox/") and not os.path.exists(name)
 
 
-def fetched(source: Source) -> Source:
-    """The folder that holds `source`, a repository's copy downloaded first where need be. Raises RequestError."""
+def on_disk(source: Source) -> Source:
+    """The folder that holds `source`; what is not here is not downloaded. Raises RequestError."""
     if source.is_folder:
         return source
-    for _ in download(source):
-        pass
     folder = cached_folder(source)
     if folder is None:  # a branch may move, and a cache be tidied, at any time
-        raise RequestError(f"'{source.name}' changed while it was downloaded: run again.")
+        raise RequestError(f"'{source.name}' is not in the hub's cache: run again with downloads allowed.")
     return Source(str(folder))
 
 
@@ -126,7 +139,25 @@ def check_online(name: str) -> None:
         )
 
 
-def download(source: Source) -> Iterator[Downloading]:
+def check_public(source: Source) -> None:
+    """Raise RequestError unless the hub hands the repository's files to anybody, now: asked without a token.
+
+    The cache does not know with whose token it was filled. Without a network there is no answer, and that is a no.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, is_offline_mode
+
+    if is_offline_mode():
+        raise RequestError(
+            f"Whether '{source.name}' is public cannot be asked while HF_HUB_OFFLINE is set: {OTHERWISE}."
+        )
+    url = hf_hub_url(source.name, source.files[-1], revision=source.revision)
+    try:
+        get_hf_file_metadata(url, token=False, timeout=LISTING_TIMEOUT_S)
+    except Exception as error:  # as wide as that of `download`
+        raise RequestError(download_trouble(error, source.name, STRANGER)) from error
+
+
+def download(source: Source, access: Access = OWNER) -> Iterator[Downloading]:
     """Bring what is missing of `source` into the hub's cache; tells twice a second how far it is. Raises RequestError.
 
     A file appears in the cache complete or not at all. A connection that breaks is taken up where it broke, and files
@@ -137,9 +168,10 @@ def download(source: Source) -> Iterator[Downloading]:
     check_online(source.name)
     meter, worker = Meter(), ThreadPoolExecutor(1)
     try:
-        commit, sizes = missing_files(source)
+        commit, sizes = missing_files(source, access)
+        check_size(source.name, sum(sizes.values()), access)
         check_space(sum(sizes.values()))
-        job = worker.submit(fetch, source, commit, list(sizes), meter)
+        job = worker.submit(fetch, source, commit, list(sizes), meter, access)
         while not job.done():
             wait([job], TELL_EVERY_S)
             yield Downloading(source.name, meter.bytes / 1e6, sum(sizes.values()) / 1e6)
@@ -147,17 +179,18 @@ def download(source: Source) -> Iterator[Downloading]:
     except RequestError:
         raise
     except Exception as error:  # as wide as this: hf_xet raises RuntimeError for all its failures
-        raise RequestError(download_trouble(error, source.name)) from error
+        raise RequestError(download_trouble(error, source.name, access)) from error
     finally:
         meter.stopped = True
         worker.shutdown(wait=False)
 
 
-def missing_files(source: Source) -> tuple[str, dict[str, int]]:
+def missing_files(source: Source, access: Access) -> tuple[str, dict[str, int]]:
     """(Commit of the source's revision, its files that are not cached yet -> bytes), in the order to download them."""
     from huggingface_hub import HfApi, try_to_load_from_cache
 
-    info = HfApi().model_info(source.name, revision=source.revision, files_metadata=True, timeout=LISTING_TIMEOUT_S)
+    hub = HfApi(token=access.token)
+    info = hub.model_info(source.name, revision=source.revision, files_metadata=True, timeout=LISTING_TIMEOUT_S)
     sizes: dict[str, int] = {}
     for pattern in source.files:
         found = {file.rfilename: file.size or 0 for file in info.siblings if fnmatch(file.rfilename, pattern)}
@@ -172,22 +205,31 @@ def missing_files(source: Source) -> tuple[str, dict[str, int]]:
     return info.sha, {name: size for name, size in sizes.items() if name == source.files[-1] or is_missing(name)}
 
 
+def check_size(name: str, size: int, access: Access) -> None:
+    """Raise RequestError where `size` bytes of a repository are more than `access` has."""
+    if access.max_mb is not None and size > access.max_mb * 1e6:
+        size_mb = math.ceil(size / 1e6)
+        raise RequestError(
+            f"'{name}' would download {size_mb} MB, at most {access.max_mb} MB are allowed: choose a smaller model."
+        )
+
+
 def check_space(size: int) -> None:
-    """Raise OSError where the cache's disk has not this many bytes left: before hours of download, not after."""
+    """Raise OSError where the cache's disk has not this many bytes to spare: before hours of download, not after."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     parent = next(folder for folder in (Path(HF_HUB_CACHE), *Path(HF_HUB_CACHE).parents) if folder.is_dir())
-    if shutil.disk_usage(parent).free < size:
+    if shutil.disk_usage(parent).free < size + MARGIN_MB * 1e6:
         raise OSError(errno.ENOSPC, f"{size / 1e6:.0f} MB are needed")
 
 
-def fetch(source: Source, commit: str, names: list[str], meter: Meter) -> None:
+def fetch(source: Source, commit: str, names: list[str], meter: Meter, access: Access) -> None:
     """Download files into the hub's cache one by one and check each, which huggingface_hub does by its length alone."""
     from huggingface_hub import hf_hub_download
 
     for name in names:
         revision = source.revision if name == source.files[-1] else commit
-        path = Path(hf_hub_download(source.name, name, revision=revision, tqdm_class=meter))
+        path = Path(hf_hub_download(source.name, name, revision=revision, tqdm_class=meter, token=access.token))
         if not is_intact(path):
             remove(path)
             raise RequestError(
@@ -251,14 +293,16 @@ def remove_damaged(source: Source) -> str:
     return ""
 
 
-def download_trouble(error: BaseException, name: str) -> str:
-    """One sentence about a failed download of repository `name`: what happened and what helps."""
+def download_trouble(error: BaseException, name: str, access: Access = OWNER) -> str:
+    """One sentence about a failed download of repository `name`: what happened and what helps whoever asked."""
     from huggingface_hub import errors
 
     full = f"The disk is full: free space in the hub's cache (HF_HOME) for '{name}' and run again, or {OTHERWISE}."
     cause: BaseException | None = error
     while cause is not None:
         match cause:
+            case errors.HfHubHTTPError(response=answer) if answer.status_code in (401, 403) and access.token is False:
+                return f"'{name}' is not a public repository of the hub (none, private or gated): {OTHERWISE}."
             case errors.GatedRepoError():
                 return (
                     f"'{name}' is gated: accept its licence on huggingface.co/{name}, set HF_TOKEN to a token of that "

@@ -8,8 +8,9 @@ from typing import Any
 from psd.config import RunConfig
 from psd.errors import RequestError
 from psd.events import Downloading
-from psd.models.hub import check_online, download, is_cached
-from psd.models.priors.table import DecoderInfo, PriorInfo, prior_info
+from psd.models.hub import OWNER, Access, check_online, check_public, download, is_cached
+from psd.models.priors.fit import download_configs
+from psd.models.priors.table import PRIORS, DecoderInfo, PriorInfo, prior_info
 from psd.models.rewards.table import REWARDS, RewardInfo, reward_terms
 
 ModelInfo = PriorInfo | DecoderInfo | RewardInfo
@@ -51,9 +52,20 @@ def told(missing: dict[str, ModelInfo]) -> str:
     return " and ".join(f"{name} ({size[name]}, licence: {info.licence})" for name, info in missing.items())
 
 
-def fetch_models(config: RunConfig, allow_download: bool = True) -> Iterator[Downloading]:
-    """Download what a run of a checked `config` needs and this machine lacks. Raises RequestError."""
+def fetch_models(config: RunConfig, allow_download: bool = True, access: Access = OWNER) -> Iterator[Downloading]:
+    """Download what a run of a checked `config` needs and this machine lacks. Raises RequestError.
+
+    A typed hub id is judged by its config files before the rest is fetched. To a stranger it is served if it is
+    public now, even from the cache, where the owner's token may have brought it; the tables' models are public.
+    """
     check_downloads(config, allow_download)
-    for info in missing_models(config).values():
+    prior = prior_info(config.prior)
+    typed = config.prior not in PRIORS and not prior.source.is_folder
+    if typed and access.token is False:
+        check_public(prior.source)
+    missing = missing_models(config)
+    if typed and config.prior in missing:
+        yield from download_configs(config.prior, prior.source, access)
+    for info in missing.values():
         for source in info.sources:
-            yield from download(source)
+            yield from download(source, access)

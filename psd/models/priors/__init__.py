@@ -7,7 +7,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
-from psd.models.hub import fetched
+from psd.models.hub import on_disk
 from psd.models.priors.table import PRIORS, DecoderInfo, prior_info
 from psd.models.weights import load_once, readable_errors
 
@@ -26,7 +26,7 @@ def load_prior(name: str, device: str = "cpu") -> Prior:
     def load() -> Prior:
         shown = name if name in PRIORS or not info.source.is_folder else Path(info.source.path).name
         with readable_errors(shown, *info.sources):
-            return resolve_name(info.model).load(shown, info.fetched(), device)
+            return resolve_name(info.model).load(shown, info.on_disk(), device)
 
     return load_once(_loaded, (info.source, info.parts, info.model, str(device)), load, KEEP_LOADED)
 
@@ -38,6 +38,6 @@ def load_fast_decoder(info: DecoderInfo, device: str = "cpu") -> Decode:
         from psd.models.priors.stable_diffusion import load_tiny_decoder
 
         with readable_errors(info.source.name, info.source):
-            return load_tiny_decoder(fetched(info.source), device)
+            return load_tiny_decoder(on_disk(info.source), device)
 
     return load_once(_loaded_decoders, (info.source, str(device)), load, KEEP_LOADED)

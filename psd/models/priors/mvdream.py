@@ -8,7 +8,6 @@ Published weights carry LDM's names and are renamed while loading. Not here: cam
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +17,8 @@ from torch import Tensor
 
 from psd.errors import RequestError, shown
 from psd.models.hub import Source
-from psd.models.priors.ldm import CAMERA_DIM, LDM_CLASS, convert_key, is_multi_view, unet_config
+from psd.models.priors.fit import read_config
+from psd.models.priors.ldm import CAMERA_DIM, LDM_CLASS, convert_key, unet_config
 from psd.models.priors.stable_diffusion import StableDiffusionPrior, in_dtype, timestep
 
 if TYPE_CHECKING:
@@ -51,11 +51,9 @@ class MVDreamPrior(StableDiffusionPrior):
         published  config of class MultiViewUNetModel, safetensors with LDM's names; mv_unet.py beside it is never run
         original   that config and MVDream's own sd-v2.1-base-4view.pt, of which only the UNet is read (folders alone)
 
-        Raises RequestError for a UNet without cameras and for parameters that do not fit.
+        Raises RequestError for parameters that do not fit.
         """
-        config = json.loads(source.file("unet/config.json").read_text(encoding="utf-8"))
-        if not is_multi_view(config):
-            raise RequestError(f"'{name}' is not a multi-view model: choose one whose UNet takes cameras.")
+        config = read_config(source, "unet/config.json")
         if config["_class_name"] == LDM_CLASS:
             return multi_view(unet_from_ldm(name, config, read_ldm(source), dtype))
         return multi_view(super().load_unet(name, source, dtype))

@@ -17,8 +17,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from psd.errors import RequestError, shown
+from psd.errors import shown
 from psd.models.hub import Source
+from psd.models.priors.fit import check_fit, read_config
 from psd.models.weights import check_vocabulary, pretrained, token_count, tokenize
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from psd.contracts import Decode
     from psd.models.priors.table import PriorInfo
 
-PREDICTIONS = ("epsilon", "v_prediction")
 UNKNOWN_WORDS = 5  # are told of, at most
 PIXELS_AT_ONCE = 512 * 512  # that a VAE sees: an image of 512 px alone fills a GPU, and a batch only takes memory
 
@@ -44,10 +44,6 @@ class StableDiffusionPrior:
     def __init__(
         self, name: str, info: PriorInfo, tokenizer, text_encoder, vae, unet, scheduler, lexicon: list[str]
     ):  # fmt: skip
-        if scheduler.config.prediction_type not in PREDICTIONS:
-            raise RequestError(
-                f"'{name}' predicts {scheduler.config.prediction_type}: use a model that predicts epsilon or v."
-            )
         self.name, self.licence, self.frame = name, info.licence, info.frame
         self.tokenizer, self.text_encoder, self.vae, self.unet = tokenizer, text_encoder, vae, unet
         self.predicts_v = scheduler.config.prediction_type == "v_prediction"
@@ -68,16 +64,15 @@ class StableDiffusionPrior:
         from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler
         from transformers import CLIPTextModel, CLIPTokenizer
 
+        check_fit(name, info.source, info.parts, cls.views)
         source = info.parts or info.source
         dtype = compute_dtype(device)
         tokenizer = CLIPTokenizer.from_pretrained(source.path, subfolder="tokenizer", **source.where)
         text_encoder = pretrained(CLIPTextModel, source, subfolder="text_encoder", dtype=dtype)
         check_vocabulary(tokenizer, text_encoder.config.vocab_size)
-        vae_class = AutoencoderKL.load_config(source.path, subfolder="vae", **source.where)["_class_name"]
         vae_classes = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
-        if vae_class not in vae_classes:
-            raise RequestError(f"'{name}' has a VAE of class {vae_class}: use one with {' or '.join(vae_classes)}.")
-        vae = pretrained(vae_classes[vae_class], source, subfolder="vae", torch_dtype=vae_dtype(device))
+        vae_class = vae_classes[read_config(source, "vae/config.json")["_class_name"]]
+        vae = pretrained(vae_class, source, subfolder="vae", torch_dtype=vae_dtype(device))
         unet = cls.load_unet(name, info.source, dtype)
         scheduler = DDIMScheduler.from_pretrained(source.path, subfolder="scheduler", **source.where)
         text_encoder = text_encoder.to(device)

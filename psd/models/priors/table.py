@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from psd.errors import RequestError
-from psd.models.hub import DIFFUSERS_FILES, Source, fetched, is_hub_id
+from psd.models.hub import DIFFUSERS_FILES, Source, is_hub_id, on_disk
 from psd.models.priors.ldm import is_multi_view
 from psd.scene.rig import Frame
 
@@ -57,9 +57,9 @@ class PriorInfo:
     def sources(self) -> tuple[Source, ...]:
         return (self.source, self.parts) if self.parts else (self.source,)
 
-    def fetched(self) -> PriorInfo:
-        """The same with every source a folder, downloaded first where need be. Raises RequestError."""
-        return replace(self, source=fetched(self.source), parts=self.parts and fetched(self.parts))
+    def on_disk(self) -> PriorInfo:
+        """The same with every source a folder; nothing is downloaded. Raises RequestError."""
+        return replace(self, source=on_disk(self.source), parts=self.parts and on_disk(self.parts))
 
 
 # As psd.toybox.views.TOYBOX_RIG and raster.BACKGROUND say it.

@@ -35,6 +35,6 @@ def _load_model(name: str, device: str) -> Reward:
     def load() -> Reward:
         use_tf32(device)
         with readable_errors(name, *info.sources):
-            return resolve_name(info.model).load(name, info.fetched(), device)
+            return resolve_name(info.model).load(name, info.on_disk(), device)
 
     return load_once(_loaded, (info.source, str(device)), load, KEEP_LOADED)

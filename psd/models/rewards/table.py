@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from psd.errors import RequestError, shown, unknown_name
-from psd.models.hub import Source, fetched, is_cached
+from psd.models.hub import Source, is_cached, on_disk
 
 MAX_MEMBERS = 4  # of a mixture
 MIN_WEIGHT, MAX_WEIGHT = 1e-3, 1e3
@@ -38,10 +38,10 @@ class RewardInfo:
     def sources(self) -> tuple[Source, ...]:
         return tuple(source for source in (self.source, self.tokenizer, self.encoder) if source)
 
-    def fetched(self) -> RewardInfo:
-        """The same with every source a folder, downloaded first where need be. Raises RequestError."""
+    def on_disk(self) -> RewardInfo:
+        """The same with every source a folder; nothing is downloaded. Raises RequestError."""
         parts = {"source": self.source, "tokenizer": self.tokenizer, "encoder": self.encoder}
-        return replace(self, **{name: source and fetched(source) for name, source in parts.items()})
+        return replace(self, **{name: source and on_disk(source) for name, source in parts.items()})
 
 
 CLIP_H = Source(
