@@ -21,6 +21,7 @@ from psd.errors import shown
 from psd.models.hub import Source
 from psd.models.priors.fit import check_fit, read_config
 from psd.models.weights import check_vocabulary, pretrained, token_count, tokenize
+from psd.scene.rig import Frame
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from psd.models.priors.table import PriorInfo
 
 UNKNOWN_WORDS = 5  # are told of, at most
+MVDREAMS_FRAME = Frame()
 PIXELS_AT_ONCE = 512 * 512  # that a VAE sees: an image of 512 px alone fills a GPU, and a batch only takes memory
 
 
@@ -42,9 +44,10 @@ class StableDiffusionPrior:
     views: int = 1  # rows of one object, which see each other
 
     def __init__(
-        self, name: str, info: PriorInfo, tokenizer, text_encoder, vae, unet, scheduler, lexicon: list[str]
+        self, name: str, licence: str, tokenizer, text_encoder, vae, unet, scheduler, lexicon: list[str],
+        frame: Frame = MVDREAMS_FRAME,
     ):  # fmt: skip
-        self.name, self.licence, self.frame = name, info.licence, info.frame
+        self.name, self.licence, self.frame = name, licence, frame
         self.tokenizer, self.text_encoder, self.vae, self.unet = tokenizer, text_encoder, vae, unet
         self.predicts_v = scheduler.config.prediction_type == "v_prediction"
         self.dtype: torch.dtype = unet.dtype
@@ -77,7 +80,8 @@ class StableDiffusionPrior:
         scheduler = DDIMScheduler.from_pretrained(source.path, subfolder="scheduler", **source.where)
         text_encoder = text_encoder.to(device)
         vae, unet = (part.to(device, memory_format=torch.channels_last) for part in (vae, unet))  # VAE: half the time
-        return cls(name, info, tokenizer, text_encoder, vae, unet, scheduler, load_lexicon(source))
+        parts = (tokenizer, text_encoder, vae, unet, scheduler, load_lexicon(source))
+        return cls(name, info.licence, *parts, info.frame)
 
     @classmethod
     def load_unet(cls, name: str, source: Source, dtype: torch.dtype) -> UNet2DConditionModel:
