@@ -52,7 +52,7 @@ class RunConfig:
     # fmt: off
     prompt: str = setting("", "What to draw.")
     negative_prompt: str = setting("", "What to move away from; the learned negative embedding n starts here.")
-    mode: str = setting("image", "What to make: a picture, or an object to turn.", choices=("image", "3d"))
+    mode: str = setting("image", "What to make: a picture, or an object to turn.")
     preset: str = setting("toybox-image", "Named settings that everything below starts from.")
     prior: str = setting("toybox/sd", "Diffusion model: a known name, a hub id or a local folder.")
     reward: str = setting("toybox/preference",
@@ -61,8 +61,7 @@ class RunConfig:
     arms: str = setting("with, without",
         "What runs side by side, on one seed and the same noises; the first is the run itself.", label="Compare")
 
-    method: str = setting("psd", "Update rule of the arm with preference.", choices=("psd", "sds", "negative"),
-        group="method")
+    method: str = setting("psd", "Update rule: preference, plain, or one of the others known.", group="method")
     steps: int = setting(50, "Optimisation steps; of an image the timesteps N, from noisy to clean.", low=2,
         high=20_000, group="method")
     gamma: float = setting(2.0, "Guidance scale of classifier-free guidance (eq. 3).", label="Guidance scale γ",
@@ -194,6 +193,20 @@ def todays(settings: Mapping[str, Any]) -> dict[str, Any]:
         settings.setdefault("arms", "with, without" if compare else "with")
     return settings
 
+
+class ModeInfo(NamedTuple):
+    """`stage` is "module:class", resolved when a run is set up."""
+
+    stage: str
+    label: str
+    multi_view: bool = False  # whether its prior must see several views at once
+
+
+# What can be made. A new mode is a class that answers psd.contracts.Stage and a row here.
+MODES: dict[str, ModeInfo] = {
+    "image": ModeInfo("psd.modes.image:ImageStage", "Picture"),
+    "3d":    ModeInfo("psd.modes.object:ObjectStage", "3D object", multi_view=True),
+}  # fmt: skip
 
 # What can run side by side: name -> overrides of the run's settings. A row is all that a new arm takes.
 ARMS: dict[str, dict[str, Any]] = {

@@ -17,6 +17,10 @@ class RequestError(ValueError):
         self.field = field
 
 
+class Abandoned(Exception):
+    """Thrown into a run that nobody listens to any more: it ends at once, with little to show."""
+
+
 OUT_OF_MEMORY = (
     "can't allocate memory",
     "cannot allocate memory",

@@ -2,14 +2,14 @@
 
 Order of a run: `Downloading` while models are fetched that are used for the first time, one `Started`, then `Step`s
 with `Preview`s between them, then one `Finished`.
-A cancelled generator ends without `Finished`; the files written so far stay in `Started.directory`.
+A cancelled generator ends without `Finished`; what was made stays in `Started.directory`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,16 +56,25 @@ class Preview:
     image: np.ndarray  # uint8 [H, arms * W, 3]
 
 
+class ArmResult(NamedTuple):
+    """What a run left of one arm; a run that was stopped leaves less."""
+
+    picture: Path | None  # with the settings in its text chunks; of an object, its front
+    scores: dict[str, float]  # reward -> raw score, the held-out judges among them
+    files: dict[str, Path]  # kind (psd.record.KINDS) -> file, the picture among them
+    remarks: dict[str, Any]  # on single kinds: what a mesh is like, why a file is missing
+
+
 @dataclass(frozen=True)
 class Finished:
-    """The run's results. Everything here is also in the files of `directory`."""
+    """The run's results. Everything here is also in the files of `directory`: psd.record.read."""
 
     run_id: str
     directory: Path
     config: RunConfig
-    images: dict[str, Path]  # arm -> PNG with the settings in its text chunks
-    scores: dict[str, dict[str, float]]  # arm -> reward name -> raw score, held-out judge included
-    files: dict[str, Path]  # "metrics.csv", "run.json", "result.png"
+    arms: dict[str, ArmResult]
     steps_done: int
     seconds: float
     stopped: str = ""  # why the loop ended early, one sentence; empty when it did not
+    failed: bool = False  # whether it broke down, and was not only stopped
+    remarks: tuple[str, ...] = ()  # one sentence each: what could not be written, or scored

@@ -19,7 +19,7 @@ PNG_KEY = "psd"  # text chunk that holds the settings; dropping the file on the 
 def export_png(path: Path, image: np.ndarray, settings: dict[str, Any]) -> None:
     """uint8 image [H, W, 3] with `settings` as JSON in a text chunk."""
     info = PngImagePlugin.PngInfo()
-    info.add_itxt(PNG_KEY, json.dumps(settings, ensure_ascii=False))
+    info.add_itxt(PNG_KEY, to_json(settings))
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG", pnginfo=info)
     write_file(path, buffer.getvalue())
@@ -36,7 +36,12 @@ def export_metrics(path: Path, rows: list[dict[str, float]]) -> None:
 
 
 def export_json(path: Path, content: dict[str, Any]) -> None:
-    write_file(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    write_file(path, (to_json(content, indent=2) + "\n").encode())
+
+
+def to_json(content: Any, indent: int | None = None) -> str:
+    """Standard JSON, which has no NaN: a number that is not finite becomes null."""
+    return json.dumps(json.loads(json.dumps(content), parse_constant=lambda _: None), indent=indent, ensure_ascii=False)
 
 
 def to_uint8(images: Float[Tensor, "*batch 3 H W"]) -> UInt8[np.ndarray, "*batch H W 3"]:
@@ -52,5 +57,8 @@ def to_bytes(values: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]
 def write_file(path: Path, data: bytes) -> None:
     """All of the file or none of it."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(data)
-    partial.rename(path)
+    try:
+        partial.write_bytes(data)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)

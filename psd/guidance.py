@@ -32,24 +32,27 @@ def x0_hat(
 
 
 def rescale(
-    x_t: Float[Tensor, "*N V C h w"],
-    eps_cfg: Float[Tensor, "*N V C h w"],
-    eps_y: Float[Tensor, "*N V C h w"],
+    x_t: Float[Tensor, "*N B C h w"],
+    eps_cfg: Float[Tensor, "*N B C h w"],
+    eps_y: Float[Tensor, "*N B C h w"],
     alpha_t: Float[Tensor, ""],
     sigma_t: Float[Tensor, ""],
     share: float,
-) -> Float[Tensor, "*N V C h w"]:
+    views: int,
+) -> Float[Tensor, "*N B C h w"]:
     """eps~ with the contrast of its x0_hat taken back to that of eps_y's, `share` of the way (MVDream, 0.5).
 
-        x0 <- share * x0 * std(x0_y) / std(x0) + (1 - share) * x0,   std over the V views together
+        x0 <- share * x0 * std(x0_y) / std(x0) + (1 - share) * x0,   std over the `views` rows of one object together
 
     Large gamma makes x0_hat overshoot; share 0 gives eps_cfg back. Source: MVDream's guidance, after Lin et al. 2023.
     """
     if not share:
         return eps_cfg
     x0, x0_y = x0_hat(x_t, eps_cfg, alpha_t, sigma_t), x0_hat(x_t, eps_y, alpha_t, sigma_t)
-    ratio = (x0_y.flatten(-4).std(-1) / x0.flatten(-4).std(-1).clamp(min=1e-8))[..., None, None, None, None]
-    return (x_t - alpha_t * x0 * (1 + share * (ratio - 1))) / sigma_t
+    grouped, grouped_y = x0.unflatten(-4, (-1, views)), x0_y.unflatten(-4, (-1, views))
+    ratio = grouped_y.flatten(-4).std(-1) / grouped.flatten(-4).std(-1).clamp(min=1e-8)
+    scaled = alpha_t * grouped * (1 + share * (ratio[..., None, None, None, None] - 1))
+    return (x_t - scaled.flatten(-5, -4)) / sigma_t
 
 
 def delta_gen(eps_n: Float[Tensor, "*shape"], noise: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

@@ -1,49 +1,45 @@
 """generate(config): the whole product in one loop. START HERE.
 
-RunConfig -> check_request -> download and load the models -> steps of the mode -> scores and files, told as events.
-Closing the generator cancels the run: its last state is exported and its memory freed.
+RunConfig -> check_request -> download and load the models -> steps of the mode -> a folder, told as events. Every way
+out of the loop writes what there is: the end, a budget, a failure, Ctrl-C, closing the generator.
 """
 
 from __future__ import annotations
 
 import logging
-import platform
+import math
 import time
+import traceback
 import uuid
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from pkgutil import resolve_name
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-import psd
-from psd.config import RunConfig, arms_of
-from psd.contracts import Reward
-from psd.errors import RequestError, is_out_of_memory
-from psd.events import Finished, Preview, Started, Step
-from psd.export import export_json, export_metrics
-from psd.image import ImageStep
-from psd.make_image import MakeImage
-from psd.make_object import MakeObject
+from psd.config import MODES, RunConfig, arms_of
+from psd.contracts import Models, Reward, Stage
+from psd.distil import State, distil
+from psd.errors import Abandoned, RequestError, is_out_of_memory
+from psd.events import Downloading, Finished, Preview, Started, Step
+from psd.methods import METHODS
 from psd.models.hub import OWNER, Access
 from psd.models.needs import fetch_models
 from psd.models.priors import load_fast_decoder, load_prior
 from psd.models.priors.table import prior_info
 from psd.models.rewards import load_reward
-from psd.models.rewards.mixture import Mixture
-from psd.models.rewards.table import REWARDS, held_out_rewards, reward_terms
-from psd.object3d import ObjectStep
+from psd.models.rewards.table import REWARDS, held_out_rewards, is_mixture, reward_terms
+from psd.record import Record
 from psd.safety import check_request
 
 log = logging.getLogger(__name__)
 
-MODES = {"image": MakeImage, "3d": MakeObject}
-State = ImageStep | ObjectStep
-
-MEASURED_STEPS = 25  # rewards of both arms are measured this often in a run, and at every preview
+MEASURED_STEPS = 25  # rewards of all arms are measured this often in a run, and at every preview
 BUDGET_SHARE = 0.9  # of the time budget goes to loading and the loop, the rest to scores and files
+
+Event = Downloading | Started | Step | Preview | Finished
 
 
 def generate(
@@ -51,63 +47,91 @@ def generate(
     output_root: Path | None = None,
     device: str | None = None,
     allow_download: bool = True,
+    *,
     access: Access = OWNER,
-) -> Iterator:
+    deadline_s: float | None = None,
+    stop: Callable[[], str] = lambda: "",
+) -> Iterator[Event]:
     """Run `config`; yields Downloading, Started, Steps with Previews, Finished (psd.events).
 
-    Files go to a new folder under `output_root` ("outputs"). Raises RequestError, with one sentence, before anything
-    heavy for a bad request and while loading for missing weights.
+    Files go to a new folder under `output_root` ("outputs"). `deadline_s` ends the loop as the config's own budget
+    does; `stop` is asked after each step, and ends it with the sentence that it answers. Raises RequestError, with one
+    sentence, before anything heavy for a bad request and while loading for missing weights.
     """
     check_request(config, allow_local=access == OWNER)
     yield from fetch_models(config, allow_download, access)
-    called = time.monotonic()
+    clock = Clock(config, deadline_s)  # loading counts
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    prior = load_prior(config.prior, device)
-    decode = load_fast_decoder(prior_info(config.prior).fast_decoder, device) if config.fast_decoder else prior.decode
-    rewards = load_rewards(config.reward, device)
-    arms = arms_of(config)
-    make = MODES[config.mode](config, arms, prior, rewards[config.reward], decode)
-    record = Record(config, Path(output_root or "outputs") / uuid.uuid4().hex[:12], make)
-    record.directory.mkdir(parents=True)
-
-    steps = make.steps()
-    started = previewed = time.monotonic()
+    models, rewards = load(config, device)
+    stage: Stage = resolve_name(MODES[config.mode].stage)(config, arms_of(config), models)
+    rewards[config.reward] = measure = measuring(stage)
+    record = Record(Path(output_root or "outputs") / uuid.uuid4().hex[:12], config)
+    states, stopped, failed = distil(models.prior, stage), "", False
+    clock.start()
     try:
-        yield Started(record.directory.name, record.directory, config, tuple(arms), warnings_of(prior, config))
-        for state in steps:
-            record.stopped = make.trouble(state)
-            if record.stopped:
+        warnings = models.prior.remarks(config.prompt) + models.prior.remarks(config.negative_prompt, "negative prompt")
+        yield Started(record.directory.name, record.directory, config, tuple(stage.arms), tuple(warnings))
+        for state in states:
+            if state.failure:
+                stopped, failed = state.failure, True
                 break
-            record.state = state
-            now = time.monotonic()
-            elapsed = now - started
-            preview_due = state.step in (1, config.steps) or now - previewed >= make.preview_every_s
-            measured = preview_due or state.step % max(1, config.steps // MEASURED_STEPS) == 0
-            views = make.views(state) if measured else None
-            row = metrics_of(state, views, rewards[config.reward], config)
-            record.rows.append({"step": state.step, **row})
-            eta = elapsed / state.step * (config.steps - state.step)
-            yield Step(state.step, config.steps, elapsed, eta, row)
-            if preview_due:
-                previewed = now
-                yield Preview(state.step, make.preview(state, views))
-            over = config.time_budget_s and time.monotonic() - called > BUDGET_SHARE * config.time_budget_s
-            if over and state.step < config.steps:
-                record.stopped = (
-                    f"The time budget of {config.time_budget_s:g} s was nearly used: "
-                    f"stopped after step {state.step} of {config.steps}."
-                )
+            yield from told(state, stage, measure, record.rows, clock)
+            if state.step < config.steps and (stopped := clock.over(state.step) or stop()):
                 break
-        finished = record.export(rewards, time.monotonic() - started)
-    except GeneratorExit:
-        record.stopped = f"Cancelled after step {len(record.rows)} of {config.steps}."
-        record.export({}, time.monotonic() - started)
+        seconds = clock.seconds
+        record.remarks += unscored(record.rows)
+        record.write(stage, rewards, seconds, stopped, failed)
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # what a failed step held: it may be what there was no room for
+        stopped, failed = ending(error, len(record.rows), config.steps)
+        record.write(None if isinstance(error, Abandoned) else stage, {}, clock.seconds, stopped, failed)
         raise
     finally:
-        steps.close()
+        states.close()
         if device != "cpu":
             torch.cuda.empty_cache()
-    yield finished
+    yield Finished(
+        record.directory.name, record.directory, config, record.arms, len(record.rows), seconds, stopped, failed,
+        tuple(record.remarks),
+    )  # fmt: skip
+
+
+class Clock:
+    """Seconds of a run, and when they are over."""
+
+    def __init__(self, config: RunConfig, deadline_s: float | None):
+        self.called = self.started = self.previewed = time.monotonic()
+        budgets = [seconds for seconds in (config.time_budget_s, deadline_s) if seconds]
+        self.steps, self.budget_s = config.steps, min(budgets, default=math.inf)
+
+    def start(self) -> None:
+        self.started = self.previewed = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Since the models were loaded."""
+        return time.monotonic() - self.started
+
+    def preview_due(self, step: int, every_s: float) -> bool:
+        """Whether a preview is to be made now; the first and the last step have one."""
+        due = step in (1, self.steps) or time.monotonic() - self.previewed >= every_s
+        self.previewed = time.monotonic() if due else self.previewed
+        return due
+
+    def over(self, step: int) -> str:
+        """Why no further step may begin, one sentence; loading counts, and a tenth is left for the files."""
+        if time.monotonic() - self.called <= BUDGET_SHARE * self.budget_s:
+            return ""
+        return f"The time budget of {self.budget_s:g} s was nearly used: stopped after step {step} of {self.steps}."
+
+
+def load(config: RunConfig, device: str) -> tuple[Models, dict[str, Reward]]:
+    """What the run needs, and the rewards that its results are scored by. Raises RequestError."""
+    prior = load_prior(config.prior, device)
+    rewards = load_rewards(config.reward, device)
+    decoder = prior_info(config.prior).fast_decoder if config.fast_decoder else None
+    decode = load_fast_decoder(decoder, device) if decoder else prior.decode
+    return Models(prior, rewards[config.reward], decode), rewards
 
 
 def load_rewards(target: str, device: str) -> dict[str, Reward]:
@@ -116,8 +140,8 @@ def load_rewards(target: str, device: str) -> dict[str, Reward]:
     A published judge that is damaged or finds no room on the device is left out: nobody asked for it. One of the app's
     own is a fault.
     """
-    reward = load_reward(target, device)
-    rewards = {target: reward} | (reward.members if isinstance(reward, Mixture) else {})
+    members = reward_terms(target) if is_mixture(target) else {}
+    rewards = {target: load_reward(target, device)} | {name: load_reward(name, device) for name in members}
     for name in held_out_rewards(target):
         try:
             rewards[name] = load_reward(name, device)
@@ -128,62 +152,65 @@ def load_rewards(target: str, device: str) -> dict[str, Reward]:
     return rewards
 
 
-def warnings_of(prior, config: RunConfig) -> tuple[str, ...]:
-    """One sentence for each thing in the prompts that this prior will not understand."""
-    return (*prior.remarks(config.prompt), *prior.remarks(config.negative_prompt, "negative prompt"))
+def measuring(stage: Stage) -> Reward:
+    """The reward of curves and scores, one for all arms: the first arm's that ranks, whose mixture has scales."""
+    arms = sorted(stage.arms.values(), key=lambda arm: not METHODS[arm.config.method].ranks)
+    return arms[0].score.reward
+
+
+def told(
+    state: State, stage: Stage, reward: Reward, rows: list[dict[str, float]], clock: Clock
+) -> Iterator[Step | Preview]:
+    """The events of a step; its row of metrics.csv is appended to `rows`."""
+    steps = clock.steps
+    preview_due = clock.preview_due(state.step, stage.preview_every_s)
+    measured = preview_due or state.step % max(1, steps // MEASURED_STEPS) == 0
+    views = stage.views() if measured else {}
+    row = metrics_of(state, stage, views, reward)
+    rows.append({"step": state.step, **row})
+    yield Step(state.step, steps, clock.seconds, clock.seconds / state.step * (steps - state.step), row)
+    if preview_due:
+        yield Preview(state.step, stage.preview(views))
 
 
 @torch.no_grad()
 def metrics_of(
-    state: State, views: Float[Tensor, "A V 3 H W"] | None, reward: Reward, config: RunConfig
+    state: State, stage: Stage, views: dict[str, Float[Tensor, "V 3 H W"]], reward: Reward
 ) -> dict[str, float]:
-    """One row of metrics.csv: rewards of both arms, mean over their views, and the terms of the arm with preference."""
-    row: dict[str, float] = {"t": state.t}
-    first = next(iter(state.terms))
-    if views is not None:
-        scores = reward(views.flatten(0, 1), [config.prompt] * views.shape[:2].numel()).view(views.shape[:2]).mean(1)
-        row |= {f"reward_{name}": value for name, value in zip(state.terms, scores.tolist(), strict=True)}
-    row |= {name: value.mean().item() for name, value in state.terms[first].items()}
-    if isinstance(state, ObjectStep):
-        row |= {f"opacity_{name}": value for name, value in state.opacity.items()}
-    if first in state.drift:
-        row["negative_drift"] = state.drift[first]
-    return row
+    """One row of metrics.csv: every arm's reward, mean over its views, its terms and what method and stage report.
+
+    The first arm's terms have their plain names, the others' end in the arm's.
+    """
+    means: dict[str, Float[Tensor, ""]] = {}
+    if views:
+        prompts = [prompt for name, images in views.items() for prompt in stage.arms[name].score.read(len(images))]
+        scores = reward(torch.cat(list(views.values())), prompts).split([len(images) for images in views.values()])
+        means |= {f"reward_{name}": each.mean() for name, each in zip(views, scores, strict=True)}
+    ends = dict(zip(stage.arms, ["", *(f"_{name}" for name in list(stage.arms)[1:])]))
+    for name, end in ends.items():
+        means |= {f"{term}{end}": value.mean() for term, value in state.terms[name].items()}
+    row = {"t": state.t, **dict(zip(means, torch.stack(list(means.values())).tolist() if means else ()))}
+    for name, arm in stage.arms.items():
+        row |= {f"{what}_{name}": value for what, value in stage.report(name).items()}
+        row |= {f"{what}{ends[name]}": value for what, value in arm.method.report().items()}
+    return {what: value for what, value in row.items() if value or not what.startswith("unscored")}
 
 
-@dataclass
-class Record:
-    """What a run leaves behind: its last state, one row of metrics a step, and the files made from them."""
-
-    config: RunConfig
-    directory: Path
-    make: MakeImage | MakeObject
-    state: State | None = None
-    rows: list[dict[str, float]] = field(default_factory=list)
-    stopped: str = ""
-
-    def export(self, rewards: dict[str, Reward], seconds: float) -> Finished:
-        """Score the last state with `rewards` and write every file."""
-        settings = self.config.to_dict()
-        images, scores, files, remarks = {}, {}, {}, {}
-        if self.state is not None:
-            images, scores, files, remarks = self.make.export(self.state, self.directory, settings, rewards)
-        files["metrics.csv"] = self.directory / "metrics.csv"
-        export_metrics(files["metrics.csv"], self.rows)
-        files["run.json"] = self.directory / "run.json"
-        done = len(self.rows)
-        prior = prior_info(self.config.prior)
-        about = {
-            "config": settings, "scores": scores, "steps_done": done, "seconds": round(seconds, 3),
-            "stopped": self.stopped, **remarks, "versions": versions(),
-            "prior_revision": prior.source.revision,
-            "fast_decoder_revision": prior.fast_decoder.source.revision if self.config.fast_decoder else "",
-            "reward_revisions": {name: REWARDS[name].source.revision for name in reward_terms(self.config.reward)},
-        }  # fmt: skip
-        export_json(files["run.json"], about)
-        run_id = self.directory.name
-        return Finished(run_id, self.directory, self.config, images, scores, files, done, seconds, self.stopped)
+def unscored(rows: list[dict[str, float]]) -> list[str]:
+    """A sentence where a noise could not be scored in some step, of whatever arm."""
+    count = sum(any(what.startswith("unscored") for what in row) for row in rows)
+    if not count:
+        return []
+    return [f"In {count} of {len(rows)} steps the reward gave a noise no number: it lost its pair."]
 
 
-def versions() -> dict[str, str]:
-    return {"psd": psd.__version__, "torch": torch.__version__, "python": platform.python_version()}
+def ending(error: BaseException, done: int, steps: int) -> tuple[str, bool]:
+    """What to say of a run that did not come to its end, one sentence, and whether it broke down."""
+    after = f"after step {done} of {steps}"
+    if isinstance(error, (GeneratorExit, Abandoned)):
+        return f"Cancelled {after}.", False
+    if isinstance(error, (KeyboardInterrupt, SystemExit)):
+        return f"Interrupted {after}.", False
+    if is_out_of_memory(error):
+        return f"Out of memory {after}: choose fewer arms, a smaller image or render size, or a smaller grid.", True
+    return f"Failed {after}: {error if isinstance(error, RequestError) else type(error).__name__}.", True

@@ -9,15 +9,16 @@ from __future__ import annotations
 import math
 import os
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float32
 from PIL import Image, ImageOps
 
-from psd.config import ARMS, FIELDS, MAX_PROMPT_CHARS, PRESETS, RunConfig, Setting, arm_names, arms_of
+from psd.config import ARMS, FIELDS, MAX_PROMPT_CHARS, MODES, PRESETS, RunConfig, Setting, arm_names, arms_of
 from psd.errors import RequestError, shown, unknown_name
+from psd.methods import METHODS
 from psd.models.hub import is_hub_id
 from psd.models.priors.table import PRIORS, prior_info
 from psd.models.rewards.table import is_mixture
@@ -25,10 +26,13 @@ from psd.models.rewards.table import is_mixture
 MAX_IMAGE_SIDE_PX = 4096
 MAX_IMAGE_BYTES = 10 * 2**20
 MAX_IMAGE_STEPS = 1000  # of the noise schedule: more would repeat timesteps
-RANK_NO_PAIRS = ("sds", "negative")  # methods of one noise (psd.methods, which loads torch)
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")  # nothing that reaches Pillow's rarer decoders (EPS calls Ghostscript)
 
 TYPE_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+
+
+# What the settings may name that code adds to; for prior and reward more than a name will do.
+TABLES: dict[str, Collection[str]] = {"preset": PRESETS, "mode": MODES, "method": METHODS}
 
 
 def check_request(config: RunConfig, allow_local: bool = False) -> None:
@@ -44,7 +48,8 @@ def check_request(config: RunConfig, allow_local: bool = False) -> None:
         raise RequestError(
             'prompt is empty: say what to draw, for example "a red mushroom with a white stem".', "prompt"
         )
-    check_name("preset", config.preset, PRESETS)
+    for name, table in TABLES.items():
+        check_name(name, getattr(config, name), table)
     check_arms(config)
     check_models(config, allow_local)
     check_mode(config)
@@ -128,9 +133,9 @@ def check_models(config: RunConfig, allow_local: bool) -> None:
     A reward may also be a mixture, whose members' scales are learned from the pairs that the method ranks.
     """
 
-    if is_mixture(config.reward) and all(arm.method in RANK_NO_PAIRS for arm in arms_of(config).values()):
+    if is_mixture(config.reward) and not any(METHODS[arm.method].ranks for arm in arms_of(config).values()):
         raise RequestError(
-            f"reward is a mixture, weighed by the pairs that a method ranks, and method {config.method} ranks none: "
+            "reward is a mixture, weighed by the pairs that a method ranks, and no arm here ranks any: "
             "choose method psd, or a single reward.",
             "reward",
         )
@@ -155,11 +160,11 @@ def check_models(config: RunConfig, allow_local: bool) -> None:
 
 def check_mode(config: RunConfig) -> None:
     """An object needs a prior that sees several views at once; an image is drawn in its timesteps, not more."""
-    if config.mode == "3d" and prior_info(config.prior).views == 1:
+    if MODES[config.mode].multi_view and prior_info(config.prior).views == 1:
         suited = ", ".join(name for name, info in PRIORS.items() if info.views > 1)
         raise RequestError(
             f"prior {shown(config.prior)} draws single pictures: "
-            f"for mode 3d choose {suited} or a local multi-view folder.",
+            f"for mode {config.mode} choose {suited} or a local multi-view folder.",
             "prior",
         )
     if config.mode == "image" and config.steps > MAX_IMAGE_STEPS:
@@ -225,10 +230,15 @@ def check_image(path: str | Path) -> Float32[np.ndarray, "H W 3"]:
     return np.asarray(Image.alpha_composite(white, rgba).convert("RGB"), dtype=np.float32) / np.float32(255)
 
 
+def names_of(setting: Setting) -> tuple[str, ...]:
+    """All that a setting may be, where it is one of some names."""
+    return setting.choices or tuple(TABLES.get(setting.name, ()))
+
+
 def allowed(setting: Setting) -> str:
     """What a setting may be, for the end of a sentence: " from 2 to 1000", " (one of ddim, adam)" or nothing."""
-    if setting.choices:
-        return f" (one of {', '.join(setting.choices)})"
+    if choices := names_of(setting):
+        return f" (one of {', '.join(choices)})"
     if setting.low is not None:
         return f" from {setting.low:g} to {setting.high:.10g}"
     return ""

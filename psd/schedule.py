@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -36,3 +37,10 @@ def descending_timesteps(
 def shift_timestep(t: int, tau: float, num_train_timesteps: int = 1000) -> int:
     """t + tau of Algorithm 2, kept inside the schedule; tau ~ U(T1, T2) is a share of it, drawn by the caller."""
     return min(max(t + round(tau * num_train_timesteps), 0), num_train_timesteps - 1)
+
+
+def further_noise(seed: int, step: int, index: int, shape: tuple[int, ...]) -> Float[Tensor, "*shape"]:
+    """The index-th noise of a step beyond its pair: a function of these numbers alone, so that asking for more noises
+    moves no other random number of the run."""
+    (state,) = np.random.SeedSequence([seed, step, index]).generate_state(1, np.uint64)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(int(state)))

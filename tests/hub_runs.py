@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from psd import RunConfig, generate
+from psd import RunConfig, generate, record
 from psd.events import Downloading, Finished, Preview
 from psd.models.needs import missing_models
 from tests.published import shrink
@@ -24,6 +24,7 @@ for settings in map(json.loads, sys.argv[2:]):
     told = [event.name for event in events if isinstance(event, Downloading)]
     kinds = [type(event).__name__ for event in events]
     answer = {"missing": missing, "told": list(dict.fromkeys(told)), "first_after": kinds[len(told)]}
-    answer |= {"scores": last.scores, "files": {name: str(path) for name, path in last.files.items()}}
+    answer["scores"] = {name: arm.scores for name, arm in last.arms.items()}
+    answer["files"] = {path.name: str(path) for path in record.read(last.directory).files}
     answer["preview_px"] = [event.image.shape[0] for event in events if isinstance(event, Preview)][-1]
     print(json.dumps(answer), flush=True)

@@ -105,7 +105,7 @@ def test_pictures_are_judged_again_without_being_made(tmp_path: Path):
 @pytest.mark.parametrize("bench", [image, scene])
 def test_the_arms_differ_from_full_psd_only_where_they_say(bench):
     config = RunConfig.from_preset(bench.PRESET)
-    arms = bench.arms_of(config)
+    arms = bench.rows_of(config)
     assert config in arms.values()
     assert arms[bench.PLAIN].method == "sds"
     assert len(set(arms.values())) == len(arms)

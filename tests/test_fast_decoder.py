@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from psd.config import RunConfig
+from psd.contracts import Models
+from psd.distil import distil
 from psd.errors import RequestError
-from psd.make_image import MakeImage
 from psd.models.hub import Source
 from psd.models.needs import check_downloads, missing_models
 from psd.models.priors import load_fast_decoder, stable_diffusion
 from psd.models.priors.table import PRIORS, TAESD
+from psd.modes.image import ImageStage
 from psd.safety import check_request
 from tests.gaussian import ExactPrior, PlainReward
 
@@ -120,7 +122,7 @@ def test_the_page_shows_it_where_it_is_switched_on():
     assert form.model_note("toybox/sd", "hpsv2.1", True) == form.model_note("toybox/sd", "hpsv2.1")
 
 
-def test_what_is_kept_is_the_priors_own(tmp_path: Path):
+def test_what_is_kept_is_the_priors_own():
     """Ranked and previewed are pictures of one decoder, exported and scored those of the other."""
     prior, seen, ranked = ExactPrior((3, 8, 8)), [], []
 
@@ -134,11 +136,12 @@ def test_what_is_kept_is_the_priors_own(tmp_path: Path):
         return images.mean((1, 2, 3))
 
     config = RunConfig(prompt="a lamp", steps=2, negative_lr=0.0)
-    make = MakeImage(config, {"with": config}, prior, reward, decode)
-    *_, last = make.steps()
+    stage = ImageStage(config, {"with": config}, Models(prior, reward, decode))
+    for _ in distil(prior, stage):
+        pass
     assert [len(x) for x in seen] == [2] and not ranked[0].any()
-    assert not make.views(last).any()
+    assert not stage.views()["with"].any()
     decoded = len(seen)
-    make.export(last, tmp_path, {}, {"brightness": reward})
+    images, _ = stage.scored("with")
     assert len(seen) == decoded
-    torch.testing.assert_close(ranked[-1], (last.x_c["with"] * 255).round() / 255)  # its decoder is the identity
+    torch.testing.assert_close(images, (stage.latents["with"].x_c * 255).round() / 255)  # its decoder is the identity

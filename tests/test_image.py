@@ -3,41 +3,70 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import pytest
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from psd.config import RunConfig
-from psd.image import ImageStep, distil_image
+from psd.contracts import Models
+from psd.distil import distil
+from psd.errors import RequestError
+from psd.modes.image import ImageStage
 from psd.schedule import NoiseSchedule, descending_timesteps
-from tests.gaussian import ExactPrior
+from tests.gaussian import ExactPrior, PlainReward
 
-CONFIG = RunConfig.from_preset(prompt="x", steps=8, negative_lr=1e-2)
+CONFIG = RunConfig.from_preset(prompt="a longer prompt", negative_prompt="bad", steps=8, negative_lr=1e-2)
 SHAPE = (2, 3, 3)
 
 
-def score(x_0: Float[Tensor, "N B C h w"]) -> Float[Tensor, "N B"]:
-    return x_0.mean((2, 3, 4)) * 3
+@PlainReward
+def score(images: Tensor, prompts: list[str]) -> Tensor:
+    """Of latents, which the exact prior's pictures are."""
+    assert len(images) == len(prompts)
+    return images.mean((1, 2, 3)) * 3
 
 
-def run(arms: dict[str, RunConfig], seeds=(0,), prior: ExactPrior | None = None) -> list[ImageStep]:
+class Seen(NamedTuple):
+    """A state of the loop and what the stage held then."""
+
+    t: int
+    x_c: dict[str, Tensor]
+    drift: dict[str, float]
+    failure: str
+
+
+def run(arms: dict[str, RunConfig], seeds=(0,), prior: ExactPrior | None = None, reward=score) -> list[Seen]:
     prior = prior or ExactPrior()
-    y = prior.embed(["a longer prompt"] * len(seeds))
-    n_0 = prior.embed(["bad"] * len(seeds))
-    return list(distil_image(prior, score, y, n_0, arms, [torch.Generator().manual_seed(s) for s in seeds]))
+    models = Models(prior, reward, prior.decode)
+    prompts = [CONFIG.prompt] * len(seeds)
+    stage = ImageStage(next(iter(arms.values())), arms, models, prompts, list(seeds))
+    seen = []
+    for state in distil(prior, stage):
+        x_c = {name: latents.x_c for name, latents in stage.latents.items()}
+        reports = {name: arm.method.report() for name, arm in stage.arms.items()}
+        drift = {name: report["negative_drift"] for name, report in reports.items() if report}
+        seen.append(Seen(state.t, x_c, drift, state.failure))
+    return seen
 
 
 def plain(config: RunConfig) -> RunConfig:
     return replace(config, method="sds")
 
 
-def test_forward_passes():
-    """N batched forwards; (2 noises + 1 noise) x (y, n) rows in each; one more with gradient per update of n."""
+def values(x_c: Tensor) -> Tensor:
+    return score(x_c, [""] * len(x_c))
+
+
+@pytest.mark.parametrize(("device", "rows"), [("cpu", [4, 2]), ("meta", [6])])
+def test_forward_passes(device: str, rows: list[int], monkeypatch: pytest.MonkeyPatch):
+    """(2 noises + 1 noise) x (y, n) rows a step, in one forward or on a CPU one an arm; one with gradient per update of
+    n. The start is shared by both arms."""
     prior = ExactPrior()
+    monkeypatch.setattr("psd.distil.apart", lambda prior: device == "cpu")
     run({"with": CONFIG, "without": plain(CONFIG)}, prior=prior)
-    assert prior.plain_rows == [2] + [6] * 7  # the start is shared by both arms
+    assert prior.plain_rows == [2] + rows * 7
     assert prior.gradient_rows == [1] * 7
 
 
@@ -86,13 +115,13 @@ def test_preference_switched_off_is_the_plain_arm_bit_for_bit(update: str, pair:
 def test_preference_raises_the_reward():
     config = replace(CONFIG, negative_lr=0.0)
     last = run({"with": config, "without": plain(config)}, seeds=range(64))[-1]
-    gain = score(last.x_c["with"][None]) - score(last.x_c["without"][None])
+    gain = values(last.x_c["with"]) - values(last.x_c["without"])
     assert gain.mean() > 4 * gain.std() / 8  # significantly
 
 
 def test_the_negative_embedding_alone_raises_the_reward_and_drifts():
     last = run({"with": replace(CONFIG, method="negative"), "without": plain(CONFIG)}, seeds=range(16))[-1]
-    assert (score(last.x_c["with"][None]) > score(last.x_c["without"][None])).all()
+    assert (values(last.x_c["with"]) > values(last.x_c["without"])).all()
     assert last.drift["with"] > 0
     assert "without" not in last.drift
 
@@ -114,3 +143,38 @@ def test_the_time_shift_moves_the_timesteps():
     assert offsets[0] == 0
     assert len(set(offsets[1:])) > 3
     assert all(0 <= offset <= 100 for offset in offsets)
+
+
+@pytest.mark.parametrize("update", ["ddim", "adam"])
+def test_an_overflow_leaves_the_last_good_state(update: str):
+    """Also with Adam, which moves its parameter in place."""
+
+    class Breaks(ExactPrior):
+        def eps(self, *args) -> Tensor:
+            return super().eps(*args) * (float("nan") if len(self.plain_rows) == 5 else 1.0)
+
+    states = run({"with": replace(CONFIG, update=update, negative_lr=0.0)}, prior=Breaks())
+    assert [state.failure for state in states[:-1]] == [""] * 4
+    assert states[-1].failure == "Stopped at step 5: numbers overflowed; lower gamma, pref_weight or lr."
+    assert torch.equal(states[-1].x_c["with"], states[-2].x_c["with"]) and torch.isfinite(states[-1].x_c["with"]).all()
+    good = run({"with": replace(CONFIG, update=update, negative_lr=0.0)})
+    assert torch.equal(states[-1].x_c["with"], good[3].x_c["with"])
+
+
+def test_weights_that_are_no_numbers_are_said_at_the_start():
+    class Broken(ExactPrior):
+        def eps(self, *args) -> Tensor:
+            return super().eps(*args) * float("nan")
+
+    with pytest.raises(RequestError, match=r"^The first prediction of exact is not a number"):
+        run({"with": CONFIG}, prior=Broken())
+
+
+def test_scores_that_are_no_numbers_leave_plain_steps():
+    @PlainReward
+    def mute(images: Tensor, prompts: list[str]) -> Tensor:
+        return images.mean((1, 2, 3)) * float("nan")
+
+    config = replace(CONFIG, negative_lr=0.0)
+    states = run({"with": config, "without": plain(config)}, reward=mute)
+    assert torch.equal(states[-1].x_c["with"], states[-1].x_c["without"])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -13,15 +11,18 @@ import pytest
 import torch
 from PIL import Image
 
-from psd import RunConfig, generate
+from psd import RunConfig, generate, record
+from psd.contracts import Models
+from psd.distil import distil
 from psd.errors import RequestError
 from psd.events import Finished, Preview, Started, Step
-from psd.make_object import MakeObject
 from psd.models.priors import load_prior
 from psd.models.priors.mvdream import MVDreamPrior, start_from
 from psd.models.priors.table import prior_info
+from psd.modes import pictures
+from psd.modes.object import ObjectStage
 from psd.safety import check_request
-from psd.scene.files import read_glb_extras
+from tests.gaussian import PlainReward
 from tests.test_priors import make_prior_folder
 
 ARM_FILES = [".png", "_views.png", ".mp4", ".glb", ".ply", ".zip"]
@@ -51,15 +52,16 @@ def test_a_multi_view_folder_is_recognised(config: RunConfig):
 def test_the_reward_reads_the_view_where_that_is_asked(config: RunConfig):
     read: list[str] = []
 
+    @PlainReward
     def reward(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         read.extend(prompts)
         return images.mean((1, 2, 3))
 
     asked = replace(config, view_prompts=True)
     prior = load_prior(config.prior)
-    steps = MakeObject(asked, {"with": asked}, prior, reward, prior.decode).steps()
-    next(steps)
-    steps.close()
+    states = distil(prior, ObjectStage(asked, {"with": asked}, Models(prior, reward, prior.decode)))
+    next(states)
+    states.close()
     assert read and all(re.fullmatch("a red mushroom, (front|side|back|overhead) view", prompt) for prompt in read)
 
 
@@ -84,36 +86,54 @@ def test_files(events: list, config: RunConfig):
     last = events[-1]
     assert isinstance(last, Finished)
     expected = [f"{arm}{end}" for arm in ("with", "without") for end in ARM_FILES]
-    assert sorted(last.files) == sorted([*expected, "metrics.csv", "run.json"])
-    assert all(path.stat().st_size > 0 for path in last.files.values())
-    assert set(last.scores["with"]) == {"toybox/preference", "toybox/judge"}
-    with Image.open(last.images["with"]) as front:
+    assert sorted(path.name for path in last.directory.iterdir()) == sorted([*expected, "metrics.csv", "run.json"])
+    found = record.read(last.directory)
+    assert found.arms == last.arms and found.state == "done" and len(found.rows) == 4
+    assert all(path.stat().st_size > 0 for path in found.files)
+    one = last.arms["with"]
+    assert list(one.files) == list(record.KINDS) and set(one.scores) == {"toybox/preference", "toybox/judge"}
+    with Image.open(one.picture) as front:
         assert front.size == (256, 256)
-    extras = read_glb_extras(last.files["with.glb"])
-    assert extras["arm"] == "with" and RunConfig.from_dict(extras) == config
-    found = json.loads(last.files["run.json"].read_text())
-    assert found["meshes"]["with"]["faces"] <= 2000
-    with open(last.files["metrics.csv"], newline="") as file:
-        assert len(list(csv.DictReader(file))) == 4
+    assert RunConfig.from_dict(record.settings_of(one.files["glb"])) == config
+    assert one.remarks["glb"]["faces"] <= 2000
 
 
-def test_cancelling_exports_the_last_state(config: RunConfig, tmp_path: Path):
+def test_closing_exports_the_last_state(config: RunConfig, tmp_path: Path):
     running = generate(replace(config, steps=50, arms="with"), tmp_path)
     started = next(running)
     for event in running:
         if isinstance(event, Step) and event.step == 2:
             break
     running.close()
-    found = json.loads((started.directory / "run.json").read_text())
-    assert found["stopped"] == "Cancelled after step 2 of 50."
-    assert (started.directory / "with.glb").exists() and not (started.directory / "without.glb").exists()
+    found = record.read(started.directory)
+    assert found.stopped == "Cancelled after step 2 of 50." and list(found.arms) == ["with"]
+    assert list(found.arms["with"].files) == list(record.KINDS)
 
 
-def test_same_seed_same_pictures(config: RunConfig, tmp_path: Path):
-    first, again = (
-        list(generate(replace(config, arms="with", steps=2), tmp_path))[-1].images["with"] for _ in range(2)
-    )
-    assert np.array_equal(np.asarray(Image.open(first)), np.asarray(Image.open(again)))
+def test_a_codec_that_fails_costs_the_turntable_alone(config: RunConfig, tmp_path: Path, monkeypatch):
+    def broken(path: Path, frames, fps: int) -> None:
+        next(iter(frames))
+        raise ValueError("no such codec")
+
+    monkeypatch.setattr(pictures, "export_turntable", broken)
+    *_, last = generate(replace(config, steps=2, arms="with"), tmp_path)
+    assert last.remarks == ("with.mp4 could not be made: ValueError.",)
+    assert list(last.arms["with"].files) == [kind for kind in record.KINDS if kind != "turntable"]
+
+
+def test_an_object_without_a_surface_has_pictures_and_says_why_it_has_no_mesh(config: RunConfig, tmp_path: Path):
+    *_, last = generate(replace(config, steps=60, arms="without", lambda_opacity=1e4, lr=1.0), tmp_path)
+    assert last.failed and "the scene became empty" in last.stopped
+    assert set(last.arms["without"].files) == {"picture", "views", "turntable"}
+    (remark,) = last.remarks
+    assert remark.startswith("The scene is empty") and last.arms["without"].remarks["glb"] == {"reason": remark}
+
+
+def test_same_seed_same_files(config: RunConfig, tmp_path: Path):
+    """All bits of all files but the manifest's seconds; meshes and their archives too."""
+    first, again = (list(generate(replace(config, arms="with", steps=2), tmp_path))[-1].arms["with"] for _ in range(2))
+    for kind, path in first.files.items():
+        assert path.read_bytes() == again.files[kind].read_bytes(), kind
 
 
 def test_a_prior_of_single_pictures_is_refused():

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from psd.config import RunConfig
 from psd.guidance import cfg, norm, x0_hat
-from psd.methods import METHODS, Predictions, pick, psd, sds
+from psd.methods.sds import pick
 from psd.schedule import NoiseSchedule, descending_timesteps
-from tests.gaussian import GaussianPrior
+from tests.gaussian import GaussianPrior, Predictions, step_of, winner_of
 
 LOSSES = Path(__file__).parent / "golden" / "losses"
 CONFIG = RunConfig(gamma=7.5, pref_weight=1.0)
@@ -42,18 +42,16 @@ def never_score(x0: Tensor) -> Tensor:
 @pytest.mark.parametrize(("weighting", "w_t"), [("one", 1.0), ("sds", 0.64), ("recon", 4 / 3)])
 def test_sds_is_guided_prediction_minus_noise(weighting: str, w_t: float):
     p = predictions()
-    guided = sds(p, replace(CONFIG, weighting=weighting), never_score)
+    guided = step_of("sds", p, replace(CONFIG, weighting=weighting), never_score)
     torch.testing.assert_close(guided.g, w_t * (cfg(p.eps_y[0], p.eps_n[0], 7.5) - p.noise[0]))
     assert torch.equal(guided.eps_cfg, cfg(p.eps_y[0], p.eps_n[0], 7.5))
-    assert guided.winner.tolist() == [0, 0, 0]
 
 
 def test_psd_with_one_noise_is_sds_bit_for_bit():
     p = predictions(noises=1)
-    with_preference, plain = psd(p, CONFIG, never_score), sds(p, CONFIG, never_score)
+    with_preference, plain = step_of("psd", p, CONFIG, never_score), step_of("sds", p, CONFIG, never_score)
     assert torch.equal(with_preference.g, plain.g)
     assert torch.equal(with_preference.eps_cfg, plain.eps_cfg)
-    assert torch.equal(with_preference.winner, plain.winner)
     assert with_preference.terms.keys() == plain.terms.keys() == {"delta_gen", "delta_cls"}
 
 
@@ -65,7 +63,7 @@ def ddim_by_psd(prior: GaussianPrior, schedule: NoiseSchedule, timesteps: list[i
     x_c = x0_hat(x_T, k, alpha_t, sigma_t)
     for t in timesteps:  # the first step repeats the start and changes nothing
         alpha_t, sigma_t = schedule.alpha_t(t), schedule.sigma_t(t)
-        guided = METHODS["sds"].step(prior.predict(x_c, k[None], alpha_t, sigma_t), config, never_score)
+        guided = step_of("sds", prior.predict(x_c, k[None], alpha_t, sigma_t), config, never_score)
         x_c, k = x_c - sigma_t / alpha_t * guided.g, guided.eps_cfg
         yield x_c
 
@@ -109,8 +107,9 @@ def test_without_preference_it_is_ddim_on_our_own_timesteps():
 
 
 def test_the_winner_is_chosen_per_sample_and_ties_go_to_the_first():
-    guided = psd(predictions(), CONFIG, fixed_score([[1.0, 0.0, 5.0], [0.0, 2.0, 5.0]]))
-    assert guided.winner.tolist() == [0, 1, 0]
+    p = predictions()
+    guided = step_of("psd", p, CONFIG, fixed_score([[1.0, 0.0, 5.0], [0.0, 2.0, 5.0]]))
+    assert winner_of(p, guided, 7.5).tolist() == [0, 1, 0]
     assert guided.terms["reward_gap"].tolist() == [1.0, 2.0, 0.0]
     assert guided.terms["reward_winner"].tolist() == [1.0, 2.0, 5.0]
 
@@ -123,30 +122,62 @@ def test_both_x0_hat_are_scored_in_one_call(x0_from: str, gamma: float):
         seen.append(x0)
         return x0.flatten(2).mean(2)
 
-    guided = psd(p, replace(CONFIG, x0_from=x0_from), score)
+    guided = step_of("psd", p, replace(CONFIG, x0_from=x0_from), score)
     assert len(seen) == 1
     expected = x0_hat(p.x_t, cfg(p.eps_y, p.eps_n, gamma), ALPHA_T, SIGMA_T)
     torch.testing.assert_close(seen[0], expected, rtol=1e-5, atol=1e-5)
-    assert guided.winner.tolist() == expected.flatten(2).mean(2).argmax(0).tolist()
+    assert winner_of(p, guided, 7.5).tolist() == expected.flatten(2).mean(2).argmax(0).tolist()
 
 
 def test_ranking_is_in_fp32_and_no_gradient_is_kept():
     p = predictions()
     p = p._replace(eps_n=p.eps_n.requires_grad_())
-    guided = psd(p, CONFIG, lambda x0: (x0.flatten(2).mean(2)).to(torch.bfloat16))
+    guided = step_of("psd", p, CONFIG, lambda x0: (x0.flatten(2).mean(2)).to(torch.bfloat16))
     assert guided.terms["reward_gap"].dtype == torch.float32
     assert not guided.g.requires_grad
 
 
-def test_more_than_a_pair_is_refused():
-    with pytest.raises(ValueError):
-        psd(predictions(noises=3), CONFIG, lambda x0: x0.flatten(2).mean(2))
+NAN = float("nan")
+
+
+def test_a_noise_that_cannot_be_scored_loses_and_adds_no_preference():
+    """Sample 0: the first has no score; 1: the second; 2: both, and the step is plain."""
+    p = predictions()
+    guided = step_of("psd", p, CONFIG, fixed_score([[NAN, 1.0, NAN], [-5.0, NAN, NAN]]))
+    assert winner_of(p, guided, 7.5).tolist() == [1, 0, 0]
+    assert guided.terms["unscored"].tolist() == [1, 1, 2]
+    selected = step_of("psd", p, replace(CONFIG, pref_weight=0.0), fixed_score([[0.0, 1.0, 1.0], [1.0, 0.0, 0.0]]))
+    assert torch.equal(guided.g, selected.g) and torch.isfinite(guided.g).all()
+    assert guided.terms["beta_r"].tolist() == guided.terms["delta_pref"].tolist() == [0, 0, 0]
+    assert guided.terms["reward_winner"].isnan().tolist() == [False, False, True]
+
+
+def test_a_loser_of_no_numbers_spoils_nothing():
+    """Its x0_hat is NaN, so it cannot be scored; nor may its prediction reach g."""
+    p = predictions()
+    p.eps_y[1, 0] = NAN
+    guided = step_of("psd", p, CONFIG, lambda x0: x0.flatten(2).mean(2))
+    assert torch.isfinite(guided.g).all() and guided.terms["unscored"].tolist() == [1, 0, 0]
+
+
+def test_rescaling_leaves_independent_samples_apart():
+    p = predictions()
+    config = replace(CONFIG, rescale=0.7)
+    rewards = [[1.0, 0.0, 5.0], [0.0, 2.0, 5.0]]
+    score = fixed_score(rewards)
+    together = step_of("psd", p, config, score)
+    for b in range(3):
+        alone = p._replace(**{f: getattr(p, f)[:, b : b + 1] for f in ("x_t", "noise", "eps_y", "eps_n")})
+        guided = step_of("psd", alone, config, fixed_score([row[b : b + 1] for row in rewards]))
+        torch.testing.assert_close(guided.g[0], together.g[b])
+    as_views = step_of("psd", p, config, score, views=3)
+    assert not torch.allclose(as_views.g, together.g)
 
 
 def test_psd_equals_eq_12_written_as_a_loop():
     p, config = predictions(), replace(CONFIG, pref_form="centred", reward_scale=0.5, pref_weight=2.0, weighting="sds")
     rewards = [[1.0, 0.0, 5.0], [0.0, 2.0, 5.0]]
-    guided = psd(p, config, fixed_score(rewards))
+    guided = step_of("psd", p, config, fixed_score(rewards))
     for b in range(3):
         w = 0 if rewards[0][b] >= rewards[1][b] else 1
         eps_cfg = [p.eps_n[i, b] + 7.5 * (p.eps_y[i, b] - p.eps_n[i, b]) for i in range(2)]
@@ -167,6 +198,7 @@ def test_psd_equals_eq_12_written_as_a_loop():
                 "beta_r": beta_r.item(),
                 "reward_gap": gap,
                 "reward_winner": rewards[w][b],
+                "unscored": 0,
             },
             rel=1e-5,
         )
@@ -175,9 +207,10 @@ def test_psd_equals_eq_12_written_as_a_loop():
 def test_without_weight_only_the_selection_is_left():
     """pref_weight = 0 is plain score distillation at the winner's noise."""
     p = predictions()
-    guided = psd(p, replace(CONFIG, pref_weight=0.0), fixed_score([[1.0, 0.0, 5.0], [0.0, 2.0, 5.0]]))
-    selected = p._replace(**{f: pick(getattr(p, f), guided.winner)[None] for f in ("x_t", "noise", "eps_y", "eps_n")})
-    plain = sds(selected, CONFIG, never_score)
+    guided = step_of("psd", p, replace(CONFIG, pref_weight=0.0), fixed_score([[1.0, 0.0, 5.0], [0.0, 2.0, 5.0]]))
+    winner = winner_of(p, guided, 7.5)
+    selected = p._replace(**{f: pick(getattr(p, f), winner)[None] for f in ("x_t", "noise", "eps_y", "eps_n")})
+    plain = step_of("sds", selected, CONFIG, never_score)
     assert torch.equal(guided.g, plain.g)
     assert torch.equal(guided.eps_cfg, plain.eps_cfg)
 
@@ -185,17 +218,20 @@ def test_without_weight_only_the_selection_is_left():
 def test_swapping_the_noises_changes_nothing_but_the_index():
     p, rewards = predictions(), [[1.0, 0.0, 3.0], [0.0, 2.0, 5.0]]
     swapped = p._replace(**{f: getattr(p, f).flip(0) for f in ("x_t", "noise", "eps_y", "eps_n")})
-    there, back = psd(p, CONFIG, fixed_score(rewards)), psd(swapped, CONFIG, fixed_score(rewards[::-1]))
+    there, back = (
+        step_of("psd", p, CONFIG, fixed_score(rewards)),
+        step_of("psd", swapped, CONFIG, fixed_score(rewards[::-1])),
+    )
     assert torch.equal(there.g, back.g)
-    assert torch.equal(there.winner, 1 - back.winner)
+    assert torch.equal(winner_of(p, there, 7.5), 1 - winner_of(swapped, back, 7.5))
 
 
 def test_a_batch_is_its_samples():
     p, rewards = predictions(), [[1.0, 0.0, 5.0], [0.0, 2.0, 5.0]]
-    together = psd(p, CONFIG, fixed_score(rewards))
+    together = step_of("psd", p, CONFIG, fixed_score(rewards))
     for b in range(3):
         alone = p._replace(**{f: getattr(p, f)[:, b : b + 1] for f in ("x_t", "noise", "eps_y", "eps_n")})
-        guided = psd(alone, CONFIG, fixed_score([row[b : b + 1] for row in rewards]))
+        guided = step_of("psd", alone, CONFIG, fixed_score([row[b : b + 1] for row in rewards]))
         torch.testing.assert_close(guided.g[0], together.g[b])
 
 
@@ -203,8 +239,8 @@ def test_two_equal_noises_add_no_preference():
     p = predictions(noises=1)
     twice = p._replace(**{f: getattr(p, f).repeat(2, 1, 1, 1, 1) for f in ("x_t", "noise", "eps_y", "eps_n")})
     for form in ("paper", "centred"):
-        guided = psd(twice, replace(CONFIG, pref_form=form), fixed_score([[0.0] * 3] * 2))
-        assert torch.equal(guided.g, sds(p, CONFIG, never_score).g)
+        guided = step_of("psd", twice, replace(CONFIG, pref_form=form), fixed_score([[0.0] * 3] * 2))
+        assert torch.equal(guided.g, step_of("sds", p, CONFIG, never_score).g)
 
 
 def preference_along_reward(prior: GaussianPrior, form: str, gamma: float, abar: float, pairs: int = 2000) -> float:
@@ -220,7 +256,7 @@ def preference_along_reward(prior: GaussianPrior, form: str, gamma: float, abar:
     def score(x0: Tensor) -> Tensor:
         return x0.flatten(2) @ direction
 
-    preference = psd(p, config, score).g - psd(p, replace(config, pref_weight=0.0), score).g
+    preference = step_of("psd", p, config, score).g - step_of("psd", p, replace(config, pref_weight=0.0), score).g
     return -(preference.flatten(1) @ direction).mean().item()
 
 
@@ -257,7 +293,9 @@ def test_the_paper_form_falls_again_at_the_last_timesteps():
 
 def test_both_forms_have_the_magnitude_that_beta_r_gives_them():
     p, rewards = predictions(), [[1.0, 0.0, 5.0], [0.0, 2.0, 5.0]]
-    paper, centred = (psd(p, replace(CONFIG, pref_form=form), fixed_score(rewards)) for form in ("paper", "centred"))
+    paper, centred = (
+        step_of("psd", p, replace(CONFIG, pref_form=form), fixed_score(rewards)) for form in ("paper", "centred")
+    )
     expected = paper.terms["delta_cls"] * torch.sigmoid(-paper.terms["reward_gap"])
     torch.testing.assert_close(paper.terms["delta_pref"], expected)
     torch.testing.assert_close(centred.terms["delta_pref"], expected)
@@ -288,7 +326,7 @@ def test_sds_gradient_of_threestudio(case: str):
         )
         p = Predictions(x_t, noise, eps_y, eps_n, abar.sqrt(), (1 - abar).sqrt())
         assert_same_gradient(
-            sds(p, config, never_score).g / settings["B"],
+            step_of("sds", p, config, never_score).g / settings["B"],
             fixture["dL_dlatents"][b : b + 1],
             1e-4 if config.gamma >= 50 else 1e-5,
         )
@@ -311,7 +349,8 @@ def test_sds_gradient_of_mvdream(case: str, weighting: str):
     )
     rescale = settings.get("recon_std_rescale", 0.0)
     config = RunConfig(gamma=settings["guidance_scale"], weighting=weighting, rescale=rescale)
-    assert_same_gradient(sds(p, config, never_score).g / views, fixture["dL_dlatents"], 1e-4 if rescale else 1e-5)
+    guided = step_of("sds", p, config, never_score, views)
+    assert_same_gradient(guided.g / views, fixture["dL_dlatents"], 1e-4 if rescale else 1e-5)
 
 
 @pytest.mark.parametrize("case", ["beta0_all_dpo", "beta0_tie", "imagereward_scale_scores", "two_objects"])
@@ -330,13 +369,14 @@ def test_winner_and_scored_x0_hat_of_dreamdpo(case: str):
         seen.append(x0)
         return torch.stack([fixture["score_1"], fixture["score_2"]])
 
-    guided = psd(p, RunConfig(gamma=settings["guidance_scale"]), score)
+    guided = step_of("psd", p, RunConfig(gamma=settings["guidance_scale"]), score)
     for x0, name in zip(seen[0], ("x0_scored_1", "x0_scored_2"), strict=True):
         assert_same_gradient(x0, fixture[name], 1e-5)
 
     residual_if_first = (cfg(eps_y[0], eps_n[0], settings["guidance_scale"]) - noise[0]) - (eps_y[1] - noise[1])
-    want = residual_if_first * sigma_t**2 / len(guided.winner)
+    winner = winner_of(p, guided, settings["guidance_scale"])
+    want = residual_if_first * sigma_t**2 / len(winner)
     first_won = norm(want - fixture["dL_dlatents"]) < 1e-3 * norm(fixture["dL_dlatents"])
     preferred = guided.terms["reward_gap"] >= settings["beta_dpo"]  # the other views took its plain branch
     assert preferred.any()
-    assert torch.equal(guided.winner[preferred] == 0, first_won[preferred])
+    assert torch.equal(winner[preferred] == 0, first_won[preferred])

@@ -15,13 +15,14 @@ from psd import RunConfig, generate, run
 from psd.contracts import Reward
 from psd.errors import RequestError
 from psd.events import Finished
-from psd.lockstep import score_noises
 from psd.methods import METHODS
 from psd.models.hub import Source
 from psd.models.rewards import load_reward
 from psd.models.rewards.mixture import DECAY, ROUNDING, Mixture
 from psd.models.rewards.table import REWARDS, held_out_rewards, is_mixture, reward_terms
+from psd.modes.image import ImageStage
 from psd.safety import check_request
+from psd.score import BoundScore
 from tests.gaussian import PlainReward
 from tests.test_object3d import ExactPrior
 
@@ -149,11 +150,11 @@ def test_gradients_are_the_members_in_their_units():
 
 def test_a_step_of_the_method_teaches_it():
     prior, mixture, x_0 = ExactPrior(), red_and_dark(), torch.rand(2, 3, 3, 2, 2)  # its latents are its pictures
-    scores = score_noises(prior.decode, mixture, x_0, ["a", "b", "c"])
-    assert scores.shape == (2, 3) and mixture.ranked == 1
-    again = score_noises(prior.decode, mixture, x_0[:1], ["a", "b", "c"])
-    torch.testing.assert_close(again, scores[:1])
-    assert mixture.ranked == 1
+    score = BoundScore(prior.decode, mixture, ["a", "b", "c"])
+    scores = score(x_0, None)
+    assert scores.shape == (2, 3) and score.reward.ranked == 1
+    torch.testing.assert_close(score(x_0[:1], None), scores[:1])
+    assert score.reward.ranked == 1 and mixture.ranked == 0  # each arm's scales are its own
 
 
 # Names
@@ -187,13 +188,16 @@ def test_refusals(reward: str, sentence: str):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_mixture_needs_a_method_that_ranks_pairs(method: str):
+def test_a_mixture_needs_an_arm_that_ranks_pairs(method: str):
     config = replace(CONFIG, method=method)
-    if METHODS[method].noises > 1:
+    if METHODS[method].ranks:
         check_request(config)
+        check_request(replace(config, arms="without, with"))
     else:
-        with pytest.raises(RequestError, match=f"method {method} ranks none: choose method psd, or a single reward"):
+        with pytest.raises(RequestError, match="no arm here ranks any: choose method psd, or a single reward"):
             check_request(config)
+    with pytest.raises(RequestError, match="no arm here ranks any"):
+        check_request(replace(config, arms="without, negative-only"))
 
 
 # Runs
@@ -211,15 +215,17 @@ def test_a_run_with_a_mixture_is_reproducible_and_tells_each_members_score(tmp_p
     *_, first = generate(CONFIG, tmp_path)
     # Measured at every step instead of at every preview: what is shown must not change what is done.
     monkeypatch.setattr(run, "MEASURED_STEPS", 1)
-    monkeypatch.setattr(run.MakeImage, "preview_every_s", 1e9)
+    monkeypatch.setattr(ImageStage, "preview_every_s", 1e9)
     *_, again = generate(CONFIG, tmp_path)
-    assert isinstance(first, Finished) and first.scores == again.scores
-    assert set(first.scores["with"]) == {CONFIG.reward, "toybox/preference", "toybox/judge"}
-    assert all(math.isfinite(score) for scores in first.scores.values() for score in scores.values())
-    assert first.scores["with"][CONFIG.reward] != first.scores["without"][CONFIG.reward]
-    about = json.loads(first.files["run.json"].read_text())
+    assert isinstance(first, Finished)
+    scores = {name: arm.scores for name, arm in first.arms.items()}
+    assert scores == {name: arm.scores for name, arm in again.arms.items()}
+    assert set(scores["with"]) == {CONFIG.reward, "toybox/preference", "toybox/judge"}
+    assert all(math.isfinite(score) for arm in scores.values() for score in arm.values())
+    assert scores["with"][CONFIG.reward] != scores["without"][CONFIG.reward]
+    about = json.loads((first.directory / "run.json").read_text())
     assert about["reward_revisions"] == {"toybox/preference": "", "toybox/judge": ""}
-    assert first.images["with"].read_bytes() != first.images["without"].read_bytes()
+    assert first.arms["with"].picture.read_bytes() != first.arms["without"].picture.read_bytes()
 
 
 # Judges

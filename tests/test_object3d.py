@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
 from psd.config import RunConfig
-from psd.object3d import ObjectArm, ObjectStep, anneal_timestep, distil_object, start_field, view_scorer
+from psd.contracts import Models
+from psd.distil import distil
+from psd.modes.object import ObjectStage, Sculpture, anneal_timestep, start_field
 from psd.scene.cameras import orbit_cameras
 from psd.scene.fields import ConstantBackground, DirectionalBackground
 from psd.scene.losses import SEEN
 from psd.scene.render import Rendering, render
-from psd.scene.rig import Rig
+from psd.scene.rig import Frame
+from psd.score import BoundScore
 from tests import gaussian
 from tests.gaussian import PlainReward
 
 SIDE = 8
 CONFIG = RunConfig(
-    prompt="x", mode="3d", steps=6, gamma=2.0, weighting="recon", lr=0.05, negative_lr=1e-2, grid_size=16,
-    render_size=SIDE, samples=12,
+    prompt="a longer prompt", negative_prompt="bad", mode="3d", steps=6, gamma=2.0, weighting="recon", lr=0.05,
+    negative_lr=1e-2, grid_size=16, render_size=SIDE, samples=12,
 )  # fmt: skip
+FRAME = Frame(0.7, (40.0, 40.0), (0.7, 0.8), (0.0, 30.0), background=(0.9, 0.9, 0.9))
 
 
 @dataclass
@@ -31,6 +36,7 @@ class ExactPrior(gaussian.ExactPrior):
 
     views: int = 4
     image_size: int = SIDE
+    frame: Frame = FRAME
     latent_shape: tuple[int, int, int] = (3, SIDE, SIDE)
     cameras: list[Tensor] = field(default_factory=list)
     spoil: float = 1.0
@@ -46,34 +52,44 @@ def brightness(images: Tensor, prompts: list[str]) -> Tensor:
     return images.mean((1, 2, 3)) * 3
 
 
+class Seen(NamedTuple):
+    """A state of the loop and this step's renders."""
+
+    step: int
+    views: dict[str, Tensor]
+    failure: str
+
+
 def run(
-    arms: dict[str, RunConfig], prior: ExactPrior | None = None, seed: int = 0, background=None
-) -> tuple[list[ObjectStep], dict[str, ObjectArm]]:
-    prior = prior or ExactPrior()
-    shared = next(iter(arms.values()))
-    torch.manual_seed(0)
-    start = start_field(shared, radius=0.7)
-    background = background or ConstantBackground((0.9, 0.9, 0.9)).requires_grad_(False)
-    states = {name: ObjectArm.start(config, start, background, prior.embed(["bad"])) for name, config in arms.items()}
-    score = view_scorer(prior.decode, brightness, "x", shared.rank)
-    rig = Rig((40.0, 40.0), (0.7, 0.8), (0.0, 30.0))
-    generator = torch.Generator().manual_seed(seed)
-    return list(distil_object(prior, score, prior.embed(["a longer prompt"]), states, rig, generator)), states
+    arms: dict[str, RunConfig], prior: ExactPrior | None = None, seed: int = 0, reward=brightness
+) -> tuple[list[Seen], dict[str, Sculpture]]:
+    stage = stage_of({name: replace(config, seed=seed) for name, config in arms.items()}, prior or ExactPrior(), reward)
+    states = [
+        Seen(state.step, {name: each.clone() for name, each in stage.renders.items()}, state.failure)
+        for state in distil(stage.models.prior, stage)
+    ]
+    return states, stage.sculptures
+
+
+def stage_of(arms: dict[str, RunConfig], prior: ExactPrior, reward=brightness) -> ObjectStage:
+    return ObjectStage(next(iter(arms.values())), arms, Models(prior, reward, prior.decode))
 
 
 def plain(config: RunConfig) -> RunConfig:
     return replace(config, method="sds")
 
 
-def weights(arm: ObjectArm) -> Tensor:
+def weights(arm: Sculpture) -> Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in arm.field.parameters()])
 
 
-def test_forward_passes():
-    """(2 noises + 1 noise) x (y, n) x 4 views in one forward; one of 4 rows with gradient per update of n."""
+@pytest.mark.parametrize("apart", [True, False])
+def test_forward_passes(apart: bool, monkeypatch: pytest.MonkeyPatch):
+    """(2 noises + 1 noise) x (y, n) x 4 views a step; 4 rows with gradient per update of n."""
     prior = ExactPrior()
+    monkeypatch.setattr("psd.distil.apart", lambda prior: apart)
     run({"with": CONFIG, "without": plain(CONFIG)}, prior)
-    assert prior.plain_rows == [24] * 6
+    assert prior.plain_rows == ([16, 8] if apart else [24]) * 6
     assert prior.gradient_rows == [4] * 6
 
 
@@ -88,8 +104,8 @@ def test_every_row_is_told_the_camera_of_its_view():
     prior = ExactPrior()
     run({"with": replace(CONFIG, negative_lr=0.0), "without": plain(CONFIG)}, prior)
     for told in prior.cameras:
-        assert told.shape == (24, 16)
-        assert torch.equal(told, told[:4].repeat(6, 1))
+        assert told.shape in ((16, 16), (8, 16))
+        assert torch.equal(told, told[:4].repeat(len(told) // 4, 1))
         assert len(told[:4].unique(dim=0)) == 4
 
 
@@ -104,18 +120,11 @@ def test_preference_switched_off_is_the_plain_arm_bit_for_bit(rank: str):
     """The pair's first noise wins where all rewards are equal; weight 0 and a fixed n leave plain distillation."""
     off = replace(CONFIG, pref_weight=0.0, negative_lr=0.0, reward_scale=0.0, rank=rank)
 
-    prior = ExactPrior()
-    shared = {"with": off, "without": plain(off)}
-    torch.manual_seed(0)
-    start = start_field(off, radius=0.7)
-    background = ConstantBackground((0.9, 0.9, 0.9)).requires_grad_(False)
-    states = {name: ObjectArm.start(config, start, background, prior.embed(["bad"])) for name, config in shared.items()}
-    indifferent = view_scorer(
-        prior.decode, PlainReward(lambda images, prompts: images.new_zeros(len(images))), "x", rank
-    )
-    generator = torch.Generator().manual_seed(0)
-    rig = Rig((40.0, 40.0), (0.7, 0.8), (0.0, 30.0))
-    list(distil_object(prior, indifferent, prior.embed(["a longer prompt"]), states, rig, generator))
+    @PlainReward
+    def indifferent(images: Tensor, prompts: list[str]) -> Tensor:
+        return images.new_zeros(len(images))
+
+    _, states = run({"with": off, "without": plain(off)}, reward=indifferent)
     assert torch.equal(weights(states["with"]), weights(states["without"]))
 
 
@@ -125,10 +134,10 @@ def test_same_seed_same_bits():
     assert not torch.equal(weights(first["with"]), weights(other["with"]))
 
 
-def test_an_arm_does_not_depend_on_its_neighbour():
-    alone, _ = run({"with": CONFIG})
-    beside, _ = run({"with": CONFIG, "without": plain(CONFIG)})
-    torch.testing.assert_close(alone[-1].views["with"], beside[-1].views["with"])
+def test_an_arm_does_not_depend_on_its_neighbours():
+    _, alone = run({"with": CONFIG})
+    _, beside = run({"without": plain(CONFIG), "with": CONFIG, "other": replace(CONFIG, pref_form="paper")})
+    assert torch.equal(weights(alone["with"]), weights(beside["with"]))
 
 
 def test_the_scene_moves_towards_what_the_prior_expects():
@@ -156,8 +165,9 @@ def test_the_image_loss_alone_pulls_as_the_latent_one_does_where_pixels_are_late
 
 def test_group_ranking_gives_every_view_the_mean():
     prior, x_0 = ExactPrior(), torch.rand(2, 4, 3, SIDE, SIDE)
-    cameras = orbit_cameras(4)
-    by_view, by_group = (view_scorer(prior.decode, brightness, "x", rank)(x_0, cameras) for rank in ("view", "group"))
+    by_view, by_group = (
+        BoundScore(prior.decode, brightness, ["x"], rank)(x_0, orbit_cameras(4)) for rank in ("view", "group")
+    )
     torch.testing.assert_close(by_group, by_view.mean(1, keepdim=True).expand(2, 4))
     assert by_view.std(1).min() > 0
 
@@ -171,7 +181,7 @@ def test_the_reward_is_told_the_view(view_prompts: bool):
         read.append(prompts)
         return brightness(images, prompts)
 
-    score = view_scorer(ExactPrior().decode, reward, "a cat", "view", view_prompts)
+    score = BoundScore(ExactPrior().decode, reward, ["a cat"], "view", view_prompts)
     cameras = orbit_cameras(4, azimuth_start_deg=10)
     score(torch.rand(2, 4, 3, SIDE, SIDE), cameras)
     views = ["a cat, front view", "a cat, side view", "a cat, back view", "a cat, side view"]
@@ -184,7 +194,7 @@ def test_what_is_seen_is_made_solid_once_the_first_30_percent_are_over():
     """Steps on that loss alone: a faint grey ball before white becomes an opaque one, of the same outline."""
     config = replace(plain(CONFIG), lambda_solid=300.0, lr=0.3)
     start, white = start_field(config, radius=0.7), ConstantBackground((0.99,) * 3).requires_grad_(False)
-    arm = ObjectArm.start(config, start, white, ExactPrior().embed(["bad"]))
+    arm = Sculpture.start(config, start, white, torch.device("cpu"))
 
     def seen() -> Rendering:
         return render(
@@ -204,7 +214,7 @@ def test_what_is_seen_is_made_solid_once_the_first_30_percent_are_over():
 
 def test_a_hash_field_with_a_learned_background_learns_both():
     config = replace(CONFIG, field="hashgrid", steps=3, lambda_orient=1.0, lambda_opacity=0.1, lambda_z_variance=0.1)
-    _, states = run({"with": config}, background=DirectionalBackground())
+    _, states = run({"with": config}, ExactPrior(frame=replace(FRAME, background=None)))
     first = DirectionalBackground()
     moved = [parameter for parameter in states["with"].background.parameters() if parameter.grad is not None]
     assert len(moved) == len(list(first.parameters()))

@@ -13,12 +13,14 @@ from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor
 
 from psd.config import RunConfig
-from psd.make_image import MakeImage
-from psd.make_object import MakeObject
+from psd.contracts import Models
+from psd.distil import distil
 from psd.models.priors import stable_diffusion
 from psd.models.priors.mvdream import MVDreamPrior, start_from
 from psd.models.priors.stable_diffusion import StableDiffusionPrior, compute_dtype, vae_dtype
 from psd.models.priors.table import prior_info
+from psd.modes.image import ImageStage
+from psd.modes.object import ObjectStage
 from tests.gaussian import PlainReward
 from tests.test_priors import make_prior_folder
 
@@ -156,12 +158,12 @@ def test_a_gradient_leaves_no_hook_on_the_callers_tensors(load: Load):
 
 def test_an_image_run_keeps_latents_ranking_and_n_in_float32(load: Load):
     prior = load(torch.float16)
-    run = MakeImage(CONFIG, {"with": CONFIG}, prior, brightness, prior.decode)
-    *_, last = run.steps()
-    assert last.x_c["with"].dtype == torch.float32
-    assert last.terms["with"]["reward_gap"].dtype == torch.float32 and last.drift["with"] > 0
+    stage = ImageStage(CONFIG, {"with": CONFIG}, Models(prior, brightness, prior.decode))
+    *_, last = distil(prior, stage)
+    assert stage.latents["with"].x_c.dtype == torch.float32
+    assert stage.arms["with"].method.report()["negative_drift"] > 0
     assert {value.dtype for value in last.terms["with"].values()} == {torch.float32}
-    assert run.views(last).dtype == torch.float32
+    assert stage.views()["with"].dtype == torch.float32
 
 
 def test_an_object_run_keeps_field_and_n_in_float32(load_multi_view: Load, multi_view_folder: Path):
@@ -169,14 +171,14 @@ def test_an_object_run_keeps_field_and_n_in_float32(load_multi_view: Load, multi
     config = replace(
         CONFIG, mode="3d", prior=str(multi_view_folder), weighting="recon", grid_size=16, render_size=16, samples=8
     )
-    run = MakeObject(config, {"with": config}, prior, brightness, prior.decode)
-    arm = run.arms["with"]
-    start = [parameter.detach().clone() for parameter in arm.field.parameters()]
-    *_, last = run.steps()
-    assert not last.failure and last.drift["with"] > 0
+    stage = ObjectStage(config, {"with": config}, Models(prior, brightness, prior.decode))
+    field, method = stage.sculptures["with"].field, stage.arms["with"].method
+    start = [parameter.detach().clone() for parameter in field.parameters()]
+    *_, last = distil(prior, stage)
+    assert not last.failure and method.report()["negative_drift"] > 0
     assert {value.dtype for value in last.terms["with"].values()} == {torch.float32}
-    assert arm.negative.value.dtype == torch.float32
-    for parameter, before in zip(arm.field.parameters(), start, strict=True):
+    assert method.negative.value.dtype == torch.float32
+    for parameter, before in zip(field.parameters(), start, strict=True):
         assert parameter.dtype == parameter.grad.dtype == torch.float32
         assert torch.isfinite(parameter).all() and not torch.equal(parameter, before)
 

@@ -12,23 +12,23 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
+from pkgutil import resolve_name
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from psd.config import RunConfig
-from psd.contracts import Decode
-from psd.make_image import MakeImage
-from psd.make_object import MakeObject
+from psd.config import MODES, RunConfig
+from psd.contracts import Decode, Stage
+from psd.contracts import Models as Loaded
+from psd.distil import State, distil
 from psd.models.priors.ldm import unet_config
 from psd.models.priors.mvdream import MVDreamPrior, multi_view
 from psd.models.priors.stable_diffusion import StableDiffusionPrior, compute_dtype, decode, vae_dtype
 from psd.models.rewards.clip_scores import VIT_H_14, HPSv2Reward
 from psd.models.rewards.preprocess import CLIP_MEAN, CLIP_STD
 from psd.models.weights import use_tf32
-from psd.run import MODES
 
 PROMPT = "a red mushroom with a white stem"
 PRESETS = {"image": "sd15-paper", "3d": "mvdream-fast"}
@@ -137,7 +137,7 @@ def random_decoder(device: str, tiny: bool) -> Decode:
     return partial(decode, vae.requires_grad_(False).eval())
 
 
-def arms_of(preset: RunConfig) -> dict[str, RunConfig]:
+def rows_of(preset: RunConfig) -> dict[str, RunConfig]:
     """The rows of Table 4: at an interval of k all work for the preference, ranking and n alike, is every k-th step's.
 
     Below them full PSD ranked through the small decoder, and the preset itself, where it is none of these.
@@ -160,10 +160,12 @@ class Models(NamedTuple):
     reward: HPSv2Reward
     fast_decoder: Decode
 
-    def run(self, config: RunConfig) -> MakeImage | MakeObject:
-        """One arm as psd.run makes it."""
+    def states(self, config: RunConfig) -> Iterator[State]:
+        """The steps of one arm, as psd.run makes them."""
         ranked_by = self.fast_decoder if config.fast_decoder else self.prior.decode
-        return MODES[config.mode](config, {"with": config}, self.prior, self.reward, ranked_by)
+        loaded = Loaded(self.prior, self.reward, ranked_by)
+        stage: Stage = resolve_name(MODES[config.mode].stage)(config, {"with": config}, loaded)
+        return distil(self.prior, stage)
 
 
 def measure(config: RunConfig, models: Models, steps: int) -> Measured:
@@ -177,14 +179,13 @@ def measure(config: RunConfig, models: Models, steps: int) -> Measured:
     total = WARM_UP * period + blocks * block
     # Of an object the first tenth of a run: later one that random weights leave empty would be given up.
     config = replace(config, steps=10 * total if config.mode == "3d" else total)
-    make, prior = models.run(config), models.prior
-    states = make.steps()
+    states, prior = models.states(config), models.prior
     cuda = prior.device.type == "cuda"
 
     def seconds(count: int) -> float:
         started = time.perf_counter()
         for _ in range(count):
-            if problem := make.trouble(next(states)):
+            if problem := next(states).failure:
                 raise RuntimeError(problem)
         if cuda:
             torch.cuda.synchronize(prior.device)
@@ -231,7 +232,7 @@ def report_mode(mode: str, models: Models, steps: int, tiny: bool, with_profile:
         "UNet rows a step", "and with gradient", f"{preset.steps:,} steps (min)",
     ]  # fmt: skip
     yield from ("", row(titles), "|---" * len(titles) + "|")
-    arms, found = arms_of(preset), {}
+    arms, found = rows_of(preset), {}
     for name, config in arms.items():
         found[name] = measured = measure(config, models, steps)
         yield row([
@@ -281,7 +282,7 @@ def profile(config: RunConfig, models: Models, steps: int = 5) -> str:
     from torch.profiler import profile as profiler
 
     cuda = models.prior.device.type == "cuda"
-    states = models.run(config).steps()
+    states = models.states(config)
     for _ in range(WARM_UP):
         next(states)
     with profiler(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as found:

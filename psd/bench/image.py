@@ -13,9 +13,11 @@ from torch import Tensor
 
 from psd.bench.paired import Column, Job, Pictures
 from psd.config import RunConfig
-from psd.image import distil_image, scorer
+from psd.contracts import Models
+from psd.distil import distil
 from psd.models.priors import load_prior
 from psd.models.rewards import load_reward
+from psd.modes.image import ImageStage
 from psd.toybox import world
 from psd.toybox.evaluate import facts_of
 
@@ -30,7 +32,7 @@ COLUMNS = {
 }
 
 
-def arms_of(config: RunConfig) -> dict[str, RunConfig]:
+def rows_of(config: RunConfig) -> dict[str, RunConfig]:
     """The table's rows: `config` is full PSD, every other arm is it with something taken away or exchanged."""
     no_negative = replace(config, negative_lr=0.0)
     return {
@@ -48,14 +50,22 @@ def arms_of(config: RunConfig) -> dict[str, RunConfig]:
 @torch.no_grad()
 def make(config: RunConfig, device: str, jobs: list[Job]) -> list[Pictures]:
     """The jobs at once; how many does not change the results."""
-    prior, target, arms = load_prior(config.prior, device), load_reward(config.reward, device), arms_of(config)
-    prompts = [world.caption(scene) for scene, _ in jobs]
-    generators = [torch.Generator().manual_seed(seed) for _, seed in jobs]
-    y, n_0 = prior.embed(prompts), prior.embed([config.negative_prompt] * len(jobs))
-    for state in distil_image(prior, scorer(prior.decode, target, prompts), y, n_0, arms, generators):
-        x_c = state.x_c
-    images = {name: prior.decode(x_c[name]) for name in arms}
-    return [{name: images[name][job, None] for name in arms} for job in range(len(jobs))]
+    prompts, seeds = [world.caption(scene) for scene, _ in jobs], [seed for _, seed in jobs]
+    stage = distilled(config, rows_of(config), device, prompts, seeds)
+    images = {name: stage.pictures(name) for name in stage.arms}
+    return [{name: images[name][job, None] for name in images} for job in range(len(jobs))]
+
+
+def distilled(
+    config: RunConfig, arms: dict[str, RunConfig], device: str, prompts: list[str], seeds: list[int]
+) -> ImageStage:
+    """A batch of independent runs of these arms, at their end. Raises RuntimeError where one breaks down."""
+    prior = load_prior(config.prior, device)
+    stage = ImageStage(config, arms, Models(prior, load_reward(config.reward, device), prior.decode), prompts, seeds)
+    for state in distil(prior, stage):
+        if state.failure:
+            raise RuntimeError(state.failure)
+    return stage
 
 
 def seen_in(image: Float[Tensor, "1 3 S S"], scene: world.Scene) -> dict[str, float]:
@@ -65,19 +75,14 @@ def seen_in(image: Float[Tensor, "1 3 S S"], scene: world.Scene) -> dict[str, fl
 
 
 def costs(config: RunConfig, device: str) -> dict[str, dict[str, str]]:
-    return {"seconds": {name: f"{seconds_of(arm, device):.1f}" for name, arm in arms_of(config).items()}}
+    return {"seconds": {name: f"{seconds_of(arm, device):.1f}" for name, arm in rows_of(config).items()}}
 
 
 def seconds_of(config: RunConfig, device: str, repeats: int = 3) -> float:
     """Median seconds of one image, this arm alone, models warm."""
-    prior, reward = load_prior(config.prior, device), load_reward(config.reward, device)
-    prompts = ["a red mushroom with a white stem"]
     times = []
     for seed in range(repeats):
         started = time.perf_counter()
-        arms, generators = {"": config}, [torch.Generator().manual_seed(seed)]
-        n_0, score = prior.embed([config.negative_prompt]), scorer(prior.decode, reward, prompts)
-        for _ in distil_image(prior, score, prior.embed(prompts), n_0, arms, generators):
-            pass
+        distilled(config, {"with": config}, device, ["a red mushroom with a white stem"], [seed])
         times.append(time.perf_counter() - started)
     return statistics.median(times)

@@ -19,11 +19,14 @@ from torch import Tensor
 
 from psd.bench.paired import Column, Job, Pictures
 from psd.config import RunConfig
+from psd.contracts import Models
+from psd.distil import distil
 from psd.events import Preview
-from psd.make_object import MakeObject
 from psd.models.hub import Source
 from psd.models.priors import load_prior
 from psd.models.rewards import load_reward
+from psd.modes import pictures
+from psd.modes.object import ObjectStage
 from psd.run import generate
 from psd.scene.cameras import Cameras
 from psd.toybox import world
@@ -46,7 +49,7 @@ COLUMNS = {
 }
 
 
-def arms_of(config: RunConfig) -> dict[str, RunConfig]:
+def rows_of(config: RunConfig) -> dict[str, RunConfig]:
     """The table's rows: `config` is full PSD."""
     return {
         PLAIN: replace(config, method="sds"),
@@ -60,11 +63,12 @@ def make(config: RunConfig, device: str, jobs: list[Job]) -> list[Pictures]:
     prior, target, made = load_prior(config.prior, device), load_reward(config.reward, device), []
     for scene, seed in jobs:
         run = replace(config, prompt=world.caption(scene), seed=seed)
-        objects = MakeObject(run, arms_of(run), prior, target, prior.decode)
-        for _ in objects.steps():
+        stage = ObjectStage(run, rows_of(run), Models(prior, target, prior.decode))
+        for _ in distil(prior, stage):
             pass
-        seen = {name: objects.scored_views(name) for name in objects.arms}
-        made.append(seen | {TRUTH: true_views(scene, seed, objects.scored_cameras, prior.image_size).to(device)})
+        seen = {name: stage.scored(name)[0] for name in stage.arms}
+        cameras = pictures.around(stage.frame, pictures.SCORED_VIEWS)
+        made.append(seen | {TRUTH: true_views(scene, seed, cameras, prior.image_size).to(device)})
     return made
 
 
@@ -107,7 +111,7 @@ class Cost(NamedTuple):
 def costs(config: RunConfig, device: str) -> dict[str, dict[str, str]]:
     """What each arm costs alone in a fresh process; printed: the compare run of the page."""
     config = replace(config, prompt="a red mushroom with a white stem")
-    cost_of = {name: cost(replace(arm, arms="with"), device) for name, arm in arms_of(config).items()}
+    cost_of = {name: cost(replace(arm, arms="with"), device) for name, arm in rows_of(config).items()}
     print("compare run:", cost(replace(config, arms="with, without"), device))
     return {
         "seconds": {name: f"{each.seconds:.0f}" for name, each in cost_of.items()},

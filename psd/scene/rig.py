@@ -37,6 +37,10 @@ class Frame:
     portrait_distance: float = 3.0
 
     @property
+    def rig(self) -> Rig:
+        return Rig(self.fovy_deg, self.distance, self.elevation_deg)
+
+    @property
     def portrait(self) -> dict[str, float]:
         """Arguments of orbit_cameras for pictures of the result."""
         return {"elevation_deg": 15.0, "fovy_deg": 40.0, "distance": self.portrait_distance}

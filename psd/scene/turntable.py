@@ -43,21 +43,26 @@ def export_turntable(path: Path, frames: Iterable[UInt8[np.ndarray, "H W 3"]], f
         raise ValueError("a turntable needs at least one frame")
     height, width = first.shape[:2]
     partial = path.with_name(path.name + ".partial")
-    with av.open(str(partial), "w", format="mp4", options={"movflags": "+faststart"}) as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": str(CRF)})
-        stream.width, stream.height, stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"
-        codec = stream.codec_context
-        codec.colorspace, codec.color_range = Colorspace.ITU709, ColorRange.MPEG
-        codec.color_primaries, codec.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
-        for frame in chain([first], frames):
-            if frame.shape != first.shape:
-                raise ValueError(f"frames must be of one size, not {first.shape} and {frame.shape}")
-            even = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-            picture = av.VideoFrame.from_ndarray(even, format="rgb24")
-            yuv = picture.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
-            container.mux(stream.encode(yuv))
-        container.mux(stream.encode())
-    partial.rename(path)
+    try:
+        with av.open(str(partial), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+            stream = container.add_stream("libx264", rate=Fraction(fps), options={"crf": str(CRF)})
+            stream.width, stream.height, stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"
+            codec = stream.codec_context
+            codec.colorspace, codec.color_range = Colorspace.ITU709, ColorRange.MPEG
+            codec.color_primaries, codec.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+            for frame in chain([first], frames):
+                if frame.shape != first.shape:
+                    raise ValueError(f"frames must be of one size, not {first.shape} and {frame.shape}")
+                even = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+                picture = av.VideoFrame.from_ndarray(even, format="rgb24")
+                yuv = picture.reformat(
+                    format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+                )
+                container.mux(stream.encode(yuv))
+            container.mux(stream.encode())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_frame(path: Path, share: float) -> UInt8[np.ndarray, "H W 3"]:

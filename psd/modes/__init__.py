@@ -1,0 +1,1 @@
+"""What is distilled: the rows of psd.config.MODES name the stages here."""

@@ -1,0 +1,151 @@
+"""Image mode (Algorithm 2): latents x_c moved along descending timesteps; a batch holds independent runs."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from psd import guidance
+from psd.config import RunConfig
+from psd.contracts import Answer, Arm, Artefact, Ask, Drawn, Guided, Models, Observed, Setup
+from psd.errors import RequestError
+from psd.export import export_png, to_uint8
+from psd.methods import METHODS
+from psd.schedule import NoiseSchedule, descending_timesteps, further_noise, shift_timestep
+from psd.score import BoundScore
+
+
+@dataclass
+class Latents:
+    """One arm's x_c, its DDIM-consistent noise k, and the optimiser: None is the DDIM update."""
+
+    x_c: Float[Tensor, "B C h w"]
+    k: Float[Tensor, "B C h w"]
+    optimizer: torch.optim.Adam | None
+
+    def moved(self, g: Float[Tensor, "B C h w"], alpha_t: Tensor, sigma_t: Tensor) -> Float[Tensor, "B C h w"]:
+        """x_c after the gradient g; where g = eps~ - k the first is DDIM."""
+        if self.optimizer is None:
+            return self.x_c - sigma_t / alpha_t * g
+        parameter = self.optimizer.param_groups[0]["params"][0]
+        parameter.grad = g
+        self.optimizer.step()
+        return parameter.clone()  # a state that was handed out stays as it is
+
+
+class ImageStage:
+    """Every arm's latents. `prompts` and `seeds`, one each a sample, are the config's where they are not given.
+
+    One generator a sample, so that a batch draws what single runs would; t is drawn by the first.
+    """
+
+    preview_every_s = 0.5
+
+    def __init__(
+        self,
+        config: RunConfig,
+        arms: dict[str, RunConfig],
+        models: Models,
+        prompts: list[str] | None = None,
+        seeds: list[int] | None = None,
+    ) -> None:
+        self.config, self.models, prior = config, models, models.prior
+        self.prompts, self.seeds = prompts or [config.prompt], seeds or [config.seed]
+        self.generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
+        self.schedule, total = NoiseSchedule(prior.alphas_cumprod), len(prior.alphas_cumprod)
+        self.timesteps = descending_timesteps(config.steps, config.t_max, config.t_min, total).tolist()
+        self.steps = config.steps - 1
+        self.y, self.n_0 = prior.embed(self.prompts), prior.embed([config.negative_prompt] * len(self.prompts))
+        self.latents: dict[str, Latents] = {}
+        self.arms: dict[str, Arm] = {}
+        for name, arm in arms.items():
+            score = BoundScore(models.decode, models.reward, self.prompts)
+            setup = Setup(arm, prior, self.y, self.n_0, score, self.schedule, views=1)
+            self.arms[name] = Arm(name, arm, METHODS[arm.method].load()(setup), score)
+
+    def start(self) -> Generator[Ask, Answer, int]:
+        """x_c = x0_hat of pure noise at the largest t, k = eps~ there; the same for every arm of equal gamma."""
+        t, x_t = self.timesteps[0], self._sample_noise()
+        eps_y, eps_n = yield Ask(x_t[None], (self.y, self.n_0), t)
+        for name, arm in self.arms.items():
+            k = guidance.cfg(eps_y[0], eps_n[0], arm.config.gamma)
+            x_c = guidance.x0_hat(x_t, k, self.schedule.alpha_t(t), self.schedule.sigma_t(t))
+            if not torch.isfinite(x_c).all():
+                raise RequestError(
+                    f"The first prediction of {self.models.prior.name} is not a number: lower gamma, or restore its "
+                    "weights."
+                )
+            adam = torch.optim.Adam([x_c.clone()], arm.config.lr) if arm.config.update == "adam" else None
+            self.latents[name] = Latents(x_c, k, adam)
+        return t
+
+    def draw(self, step: int) -> Drawn:
+        """Two fresh noises a sample; t with the random time shift of Algorithm 2."""
+        noise = torch.stack([self._sample_noise(), self._sample_noise()])
+        tau = torch.stack([torch.rand((), generator=each) for each in self.generators])[0].item()  # one t for all
+        low, high = self.config.time_shift_low, self.config.time_shift_high
+        t = shift_timestep(self.timesteps[step + 1], low + tau * (high - low), len(self.models.prior.alphas_cumprod))
+        return Drawn(step, step / self.steps, t, noise)
+
+    def noises(self, drawn: Drawn, arm: str, count: int) -> Float[Tensor, "N B C h w"]:
+        """The first is the last CFG prediction, or fresh; the second is fresh, as are all further ones."""
+        first = self.latents[arm].k if self.arms[arm].config.pair == "ddim" else drawn.noise[0]
+        shape = tuple(first.shape[1:])
+        more = [
+            torch.stack([further_noise(seed, drawn.step, index, shape) for seed in self.seeds]).to(first.device)
+            for index in range(2, count)
+        ]
+        return torch.stack([first, drawn.noise[1], *more][:count])
+
+    def observe(self, drawn: Drawn) -> Observed:
+        return Observed({name: latents.x_c for name, latents in self.latents.items()})
+
+    def apply(self, drawn: Drawn, observed: Observed, guided: dict[str, Guided]) -> str:
+        """Move every arm, or none where one breaks down: the last good state stays."""
+        alpha_t, sigma_t = self.schedule.alpha_t(drawn.t), self.schedule.sigma_t(drawn.t)
+        moved = {name: self.latents[name].moved(each.g, alpha_t, sigma_t) for name, each in guided.items()}
+        if not all(torch.isfinite(x_c).all() for x_c in moved.values()):
+            return "numbers overflowed; lower gamma, pref_weight or lr."
+        for name, x_c in moved.items():
+            self.latents[name].x_c, self.latents[name].k = x_c, guided[name].eps_cfg
+        return ""
+
+    def report(self, arm: str) -> dict[str, float]:
+        return {}
+
+    @torch.no_grad()
+    def views(self) -> dict[str, Float[Tensor, "B 3 H W"]]:
+        """Every arm's pictures, to be measured on the way."""
+        return {name: self.models.decode(latents.x_c).float() for name, latents in self.latents.items()}
+
+    def preview(self, views: dict[str, Float[Tensor, "B 3 H W"]]) -> UInt8[np.ndarray, "height width 3"]:
+        """The arms' first pictures side by side."""
+        return to_uint8(torch.cat([images[0] for images in views.values()], dim=-1))
+
+    @torch.no_grad()
+    def pictures(self, arm: str) -> Float[Tensor, "B 3 H W"]:
+        """An arm's pictures as they are kept: decoded by the prior, in the levels that a file holds."""
+        return (self.models.prior.decode(self.latents[arm].x_c).float() * 255).round() / 255
+
+    def scored(self, arm: str) -> tuple[Float[Tensor, "B 3 H W"], list[str]]:
+        return self.pictures(arm), self.prompts
+
+    def artefacts(self, arm: str) -> Iterator[Artefact]:
+        def write(path: Path, about: dict[str, Any]) -> None:
+            export_png(path, to_uint8(self.pictures(arm)[0]), about)
+
+        yield Artefact("picture", write)
+
+    def _sample_noise(self) -> Float[Tensor, "B C h w"]:
+        prior, size = self.models.prior, self.config.image_size
+        channels, side, _ = prior.latent_shape
+        side = size * side // prior.image_size if size else side
+        noise = [torch.randn((channels, side, side), generator=each) for each in self.generators]
+        return torch.stack(noise).to(prior.device)

@@ -1,0 +1,240 @@
+"""3D mode (Algorithm 1, single stage): a radiance field optimised so that its renders please a multi-view prior.
+
+All arms start from the same field and share cameras, timesteps, noises and jitter.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from psd.config import RunConfig
+from psd.contracts import Answer, Arm, Artefact, Ask, Drawn, Guided, Models, Observed, Setup
+from psd.export import to_uint8
+from psd.methods import METHODS
+from psd.modes import pictures
+from psd.scene.cameras import camera_embedding, sample_cameras
+from psd.scene.fields import ConstantBackground, DirectionalBackground, HashField, VoxelField
+from psd.scene.losses import image_loss, opacity_loss, orientation_loss, solid_loss, z_variance_loss
+from psd.scene.mesh import extract_mesh
+from psd.scene.render import Occupancy, Rendering, render
+from psd.scene.rig import Frame
+from psd.scene.scene import FieldScene
+from psd.schedule import NoiseSchedule, further_noise
+from psd.score import BoundScore
+
+BLOB_DENSITY = 10.0  # in the middle of the ball that a field starts from
+OCCUPANCY_EVERY = 16  # steps
+RANDOM_BACKGROUND_SHARE = 0.5  # of the steps, where a background is learned: it must not do the object's work
+SOLID_FROM = 0.3  # of the run; before, it is the ball a field starts from that is seen
+BAD_STEPS = 20  # in a row until a run is given up
+PREVIEW_PX = 64
+
+
+@dataclass
+class Sculpture:
+    """One arm's trainable scene: field and background with their optimiser."""
+
+    config: RunConfig
+    field: nn.Module
+    background: nn.Module
+    optimizer: torch.optim.Optimizer
+    occupancy: Occupancy
+    bad_steps: int = field(default=0, init=False)  # in a row without a finite gradient, or with nothing to see
+
+    @classmethod
+    def start(cls, config: RunConfig, field: nn.Module, background: nn.Module, device: torch.device) -> Sculpture:
+        field, background = copy.deepcopy(field), copy.deepcopy(background)
+        groups = field.parameter_groups() + background.parameter_groups()
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), eps=1e-15, weight_decay=0.01)
+        return cls(config, field, background, optimizer, Occupancy(field.radius, device))
+
+    @property
+    def scene(self) -> FieldScene:
+        return FieldScene(self.field, self.background, self.occupancy)
+
+    @property
+    def learns_background(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.background.parameters())
+
+    def render(self, drawn: Drawn, size: int) -> Rendering:
+        """This step's renders, differentiable."""
+        jitter = torch.Generator(self.occupancy.density.device).manual_seed(drawn.jitter_seed)
+        if drawn.step % OCCUPANCY_EVERY == 0:
+            self.occupancy.update(self.field, jitter)
+        plain = drawn.colour is None or not self.learns_background
+        return render(
+            self.field, self.background if plain else painted(drawn.colour), drawn.cameras, size,
+            samples=self.config.samples, jitter=jitter, occupancy=self.occupancy,
+            with_normals=bool(self.config.lambda_orient or self.config.lambda_orient_end),
+        )  # fmt: skip
+
+    def advance(self, opacity: float, share: float) -> str:
+        """One optimiser step, left out where a gradient is not finite; what is wrong once that has gone on."""
+        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        finite = bool(torch.stack([torch.isfinite(gradient).all() for gradient in gradients]).all())  # one wait for all
+        if finite:
+            self.optimizer.step()
+        settled = share > 0.1  # a field may fill or empty the box on its way
+        empty, full = settled and opacity < 0.002, settled and opacity > 0.98
+        self.bad_steps = self.bad_steps + 1 if not finite or empty or full else 0
+        if self.bad_steps < BAD_STEPS:
+            return ""
+        if not finite:
+            return "gradients overflowed; lower gamma, pref_weight or lr."
+        if empty:
+            return "the scene became empty; lower lambda_opacity or lr, or try another seed."
+        return "the scene filled with fog; raise lambda_opacity, lower lr, or try another seed."
+
+    def regularisers(self, seen: Rendering, share: float) -> Float[Tensor, ""]:
+        """The weighted losses on this step's renders; `share` of the run is over."""
+        c, total = self.config, seen.rgb.new_zeros(())
+        if c.lambda_orient or c.lambda_orient_end:
+            weight = c.lambda_orient + min(1.0, 2 * share) * (c.lambda_orient_end - c.lambda_orient)
+            total = total + weight * orientation_loss(*seen.samples, seen.opacity)
+        if c.lambda_opacity:
+            total = total + c.lambda_opacity * opacity_loss(seen.opacity)
+        if c.lambda_solid and share >= SOLID_FROM:
+            total = total + c.lambda_solid * solid_loss(seen.contrast, seen.opacity)
+        if c.lambda_z_variance:
+            total = total + c.lambda_z_variance * z_variance_loss(seen.z_variance, seen.opacity)
+        if c.lambda_smooth and c.field == "voxels":
+            total = total + c.lambda_smooth * self.field.total_variation()
+        return total
+
+
+class ObjectStage:
+    """Every arm's scene. Camera, timestep and size settings are the first arm's."""
+
+    preview_every_s = 1.0
+
+    def __init__(self, config: RunConfig, arms: dict[str, RunConfig], models: Models) -> None:
+        self.config, self.models, prior = config, models, models.prior
+        self.frame, self.steps = prior.frame, config.steps
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.schedule = NoiseSchedule(prior.alphas_cumprod)
+        torch.manual_seed(config.seed)  # modules draw their first weights from the global generator
+        field = start_field(config, self.frame.radius).to(prior.device)
+        background = start_background(self.frame).to(prior.device)
+        y, n_0 = prior.embed([config.prompt]), prior.embed([config.negative_prompt])
+        self.sculptures: dict[str, Sculpture] = {}
+        self.arms: dict[str, Arm] = {}
+        for name, arm in arms.items():
+            score = BoundScore(models.decode, models.reward, [config.prompt], arm.rank, arm.view_prompts)
+            setup = Setup(arm, prior, y, n_0, score, self.schedule, prior.views)
+            self.arms[name] = Arm(name, arm, METHODS[arm.method].load()(setup), score)
+            self.sculptures[name] = Sculpture.start(arm, field, background, prior.device)
+
+    def start(self) -> Generator[Ask, Answer, None]:
+        yield from ()
+
+    def draw(self, step: int) -> Drawn:
+        prior, generator, share = self.models.prior, self.generator, step / self.steps
+        cameras = sample_cameras(self.frame.rig, prior.views, generator).to(prior.device)
+        u = torch.rand((), generator=generator).item()
+        t = anneal_timestep(self.config, share, len(prior.alphas_cumprod), u)
+        noise = torch.randn((2, prior.views, *prior.latent_shape), generator=generator).to(prior.device)
+        jitter_seed = int(torch.randint(2**62, (), generator=generator))
+        drawn = torch.rand(4, generator=generator)
+        colour = drawn[:3].to(prior.device) if drawn[3] < RANDOM_BACKGROUND_SHARE else None
+        return Drawn(step, share, t, noise, cameras, camera_embedding(cameras.c2w), jitter_seed, colour)
+
+    def noises(self, drawn: Drawn, arm: str, count: int) -> Float[Tensor, "N V C h w"]:
+        """All fresh, the same for every arm."""
+        shape = tuple(drawn.noise.shape[1:])
+        more = [further_noise(self.config.seed, drawn.step, index, shape)[None] for index in range(2, count)]
+        return torch.cat([drawn.noise, *(noise.to(drawn.noise.device) for noise in more)])[:count]
+
+    def observe(self, drawn: Drawn) -> Observed:
+        """Render and encode every arm from the same cameras."""
+        late = self.config.render_size_end and drawn.share >= 0.5
+        size = self.config.render_size_end if late else self.config.render_size
+        renders = {name: each.render(drawn, size) for name, each in self.sculptures.items()}
+        images = {name: self._resized(seen.rgb) for name, seen in renders.items()}
+        return Observed({name: self.models.prior.encode(each) for name, each in images.items()}, renders, images)
+
+    def apply(self, drawn: Drawn, observed: Observed, guided: dict[str, Guided]) -> str:
+        """Surrogate (x_c * g).sum() / views and the losses; one backward for all arms, which share no parameter."""
+        loss: Tensor | float = 0.0
+        for name, each in guided.items():
+            x_c, sculpture = observed.x_c[name], self.sculptures[name]
+            loss = loss + (x_c * each.g).sum() / len(x_c)
+            loss = loss + sculpture.regularisers(observed.renders[name], drawn.share)
+            if sculpture.config.lambda_rgb:
+                with torch.no_grad():  # weighting recon: x_c - g is the guided x0-hat
+                    target = self.models.prior.decode(x_c - each.g)
+                loss = loss + sculpture.config.lambda_rgb * image_loss(observed.images[name], target)
+        for sculpture in self.sculptures.values():
+            sculpture.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        # Only now numbers that the host waits for: a GPU had all of the step queued.
+        self.renders = {name: seen.rgb.detach() for name, seen in observed.renders.items()}
+        self.opacity = {name: seen.opacity.mean().item() for name, seen in observed.renders.items()}
+        failures = [each.advance(self.opacity[name], drawn.share) for name, each in self.sculptures.items()]
+        return next(filter(None, failures), "")
+
+    def report(self, arm: str) -> dict[str, float]:
+        return {"opacity": self.opacity[arm]}
+
+    @torch.no_grad()
+    def views(self) -> dict[str, Float[Tensor, "V 3 H W"]]:
+        """The last step's renders, at the prior's size."""
+        return {name: self._resized(render) for name, render in self.renders.items()}
+
+    def preview(self, views: dict[str, Float[Tensor, "V 3 H W"]]) -> UInt8[np.ndarray, "height width 3"]:
+        """Four sides of every arm's object, a row an arm; always from the same cameras, so that nothing jumps."""
+        cameras = pictures.around(self.frame, pictures.SHEET_VIEWS)
+        scenes = [sculpture.scene for sculpture in self.sculptures.values()]
+        rows = [scene.render(cameras, PREVIEW_PX, samples=self.config.samples).rgb for scene in scenes]
+        return to_uint8(torch.cat([torch.cat(list(row), -1) for row in rows], -2))
+
+    def scored(self, arm: str) -> tuple[Float[Tensor, "12 3 H W"], list[str]]:
+        """An arm's object from all around, of the prior's size."""
+        scene, size = self.sculptures[arm].scene, self.models.prior.image_size
+        views = pictures.scored_views(scene, self.frame, size, 2 * self.config.samples)
+        return views, [self.config.prompt] * len(views)
+
+    def artefacts(self, arm: str) -> Iterator[Artefact]:
+        field = self.sculptures[arm].field
+        return pictures.artefacts_of(
+            self.sculptures[arm].scene, self.frame, self.config.samples,
+            mesh=lambda: extract_mesh(field, target_faces=self.config.mesh_faces),
+        )  # fmt: skip
+
+    def _resized(self, images: Float[Tensor, "V 3 h w"]) -> Float[Tensor, "V 3 H W"]:
+        side = self.models.prior.image_size
+        return F.interpolate(images, (side, side), mode="bilinear", align_corners=False)
+
+
+def start_field(config: RunConfig, radius: float) -> nn.Module:
+    """The field that a run starts from: a faint ball of density, grey."""
+    if config.field == "hashgrid":
+        return HashField(radius=radius, density_bias=(BLOB_DENSITY, 0.5 * radius))
+    return VoxelField(config.grid_size, radius, (BLOB_DENSITY, 0.5 * radius), learning_rate=config.lr)
+
+
+def painted(colour: Float[Tensor, " 3"]) -> Callable[[Float[Tensor, "R 3"]], Float[Tensor, "R 3"]]:
+    """A background of one colour."""
+    return lambda directions: colour.expand_as(directions)
+
+
+def start_background(frame: Frame) -> nn.Module:
+    """The frame's one colour, fixed; or one to learn that depends on the direction."""
+    if frame.background:
+        return ConstantBackground(frame.background).requires_grad_(False)
+    return DirectionalBackground()
+
+
+def anneal_timestep(config: RunConfig, share: float, total: int, u: float) -> int:
+    """t ~ U(low, high) from a uniform u; low falls from t_max to t_min, high from t_max to t_max_end (App. F.1)."""
+    done = min(1.0, share / config.t_anneal) if config.t_anneal else 1.0
+    low = config.t_max + done * (config.t_min - config.t_max)
+    high = config.t_max + done * (config.t_max_end - config.t_max)
+    return min(max(round((low + u * (high - low)) * total), 0), total - 1)

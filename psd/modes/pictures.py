@@ -1,0 +1,69 @@
+"""Pictures and meshes of any scene, as a run keeps them: front, views with depth and normals, turntable, mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from torch import Tensor
+
+from psd.contracts import Artefact
+from psd.export import export_png, to_uint8
+from psd.scene.cameras import Cameras, orbit_cameras
+from psd.scene.files import export_glb, export_obj_zip, export_ply
+from psd.scene.mesh import Mesh
+from psd.scene.rig import Frame
+from psd.scene.scene import Scene
+from psd.scene.turntable import depth_picture, export_turntable, normal_picture, turntable_frames
+
+SCORED_VIEWS, SHEET_VIEWS = 12, 4
+FRONT_PX, SHEET_PX, TURNTABLE_PX = 256, 192, 160
+TURNTABLE_FRAMES, FPS = 48, 16
+FRONT_AZIMUTH_DEG = 30.0  # of the still picture: a little from the side says more than straight from the front
+
+
+def around(frame: Frame, count: int, azimuth_deg: float = 0.0) -> Cameras:
+    """Cameras on a circle around an object of this frame."""
+    return orbit_cameras(count, azimuth_start_deg=azimuth_deg, **frame.portrait)
+
+
+def scored_views(scene: Scene, frame: Frame, size: int, samples: int) -> Float[Tensor, "12 3 H W"]:
+    """A scene from all around, as it is scored; in [0, 1]."""
+    return scene.render(around(frame, SCORED_VIEWS), size, samples=samples).rgb.clamp(0, 1)
+
+
+def artefacts_of(scene: Scene, frame: Frame, samples: int, mesh: Callable[[], Mesh]) -> Iterator[Artefact]:
+    """Every file of a scene, the quickest first. `mesh` is made once, when the first file of it is written."""
+    made = cache(mesh)
+
+    def front(path: Path, about: dict[str, Any]) -> None:
+        seen = scene.render(around(frame, 1, FRONT_AZIMUTH_DEG), FRONT_PX, samples=2 * samples)
+        export_png(path, to_uint8(seen.rgb)[0], about)
+
+    def glb(path: Path, about: dict[str, Any]) -> dict[str, Any]:
+        export_glb(made(), path, about)
+        return made().report
+
+    def sheet(path: Path, about: dict[str, Any]) -> None:
+        """Four views: colours, depth, normals, a row each."""
+        seen = scene.render(around(frame, SHEET_VIEWS), SHEET_PX, samples=2 * samples, with_normals=True)
+        rows = (to_uint8(seen.rgb), depth_picture(seen), normal_picture(seen))
+        export_png(path, np.concatenate([np.concatenate(list(row), 1) for row in rows]), about)
+
+    def turntable(path: Path, about: dict[str, Any]) -> None:
+        frames = turntable_frames(
+            scene, TURNTABLE_FRAMES, TURNTABLE_PX, samples=samples, azimuth_start_deg=FRONT_AZIMUTH_DEG,
+            **frame.portrait,
+        )  # fmt: skip
+        export_turntable(path, frames, FPS)
+
+    yield Artefact("picture", front)
+    yield Artefact("glb", glb)
+    yield Artefact("views", sheet)
+    yield Artefact("turntable", turntable)
+    yield Artefact("ply", lambda path, about: export_ply(made(), path))
+    yield Artefact("obj", lambda path, about: export_obj_zip(made(), path))

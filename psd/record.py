@@ -1,0 +1,262 @@
+"""A run's folder, written and read here alone: run.json is its manifest, and no other file knows a name in it.
+
+    run.json                          config, state, arms with their files, scores and remarks, times, versions
+    metrics.csv                       one row a step
+    ARM.png, ARM.glb, ...             one file a kind and arm (KINDS)
+    previews/000012.webp              the latest ones, while it runs
+
+run.json says "running" at the start, "writing" while artefacts are written, then "done", or "abandoned" where nobody
+waited for them: whoever reads a folder knows what may still come.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import math
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+import psd
+from psd.config import RunConfig
+from psd.errors import RequestError
+from psd.events import ArmResult, Preview
+from psd.export import PNG_KEY, export_json, export_metrics
+from psd.models.priors.table import prior_info
+from psd.models.rewards.table import REWARDS, reward_terms
+from psd.scene.files import read_glb_extras
+
+if TYPE_CHECKING:
+    from psd.contracts import Reward, Stage
+
+log = logging.getLogger(__name__)
+
+MANIFEST, METRICS, PREVIEWS = "run.json", "metrics.csv", "previews"
+KINDS = {
+    "picture": ".png", "glb": ".glb", "views": "_views.png", "turntable": ".mp4", "ply": ".ply", "obj": ".zip",
+}  # fmt: skip
+KEPT_PREVIEWS = 20
+MAX_SETTINGS_BYTES = 1_000_000
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a folder holds. `settings` are as they were written: another version's may lack or have others."""
+
+    directory: Path
+    state: str = ""  # running, writing, done, abandoned; "" where there is no manifest
+    settings: dict[str, Any] = field(default_factory=dict)
+    arms: dict[str, ArmResult] = field(default_factory=dict)
+    rows: tuple[dict[str, float], ...] = ()  # of metrics.csv; what a step did not compute is missing
+    files: tuple[Path, ...] = ()  # all of them, pictures first
+    steps_done: int = 0
+    seconds: float = math.nan
+    stopped: str = ""  # why the loop ended early, one sentence
+    failed: bool = False  # whether it broke down, and was not only stopped
+    remarks: tuple[str, ...] = ()  # one sentence each: what could not be written, or scored
+    preview: Path | None = None
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing more will come."""
+        return self.state in ("done", "abandoned")
+
+
+class Record:
+    """Writes one run's folder, on every way out of the run."""
+
+    def __init__(self, directory: Path, config: RunConfig):
+        self.directory, self.config = directory, config
+        self.rows: list[dict[str, float]] = []
+        self.arms: dict[str, ArmResult] = {}
+        self.remarks: list[str] = []
+        self.begun = False
+        try:
+            directory.mkdir(parents=True)
+            export_json(directory / MANIFEST, self._manifest("running", 0.0, "", failed=False))
+        except OSError as error:
+            raise RequestError(
+                f"The results cannot be written: {reason_of(error)}; free space or choose another output folder."
+            ) from error
+
+    def write(
+        self, stage: Stage | None, rewards: dict[str, Reward], seconds: float, stopped: str, failed: bool = False
+    ) -> None:
+        """metrics.csv and run.json first, then scores and files of every arm, each under its own guard.
+
+        What fails becomes a remark, and the others stay. `stage` None: there is nothing to show, or nobody waits.
+        """
+        if self.begun:  # interrupted while it wrote: what is there stays
+            stage = None
+        self.begun = True
+        self._guarded(METRICS, lambda: export_metrics(self.directory / METRICS, self.rows))
+        for state in ("abandoned",) if stage is None else ("writing", "done"):
+            if state == "done":
+                for name in stage.arms:
+                    self._write_arm(stage, name, rewards)
+            about = self._manifest(state, seconds, stopped, failed)
+            self._guarded(MANIFEST, lambda about=about: export_json(self.directory / MANIFEST, about))
+
+    def _write_arm(self, stage: Stage, name: str, rewards: dict[str, Reward]) -> None:
+        scores: dict[str, float] = {}
+        if rewards:
+            self._guarded(f"scores of {name}", lambda: scores.update(scores_of(*stage.scored(name), rewards)))
+        result = ArmResult(None, scores, {}, {})
+        about = {**self.config.to_dict(), "arm": name, "scores": scores}
+        for artefact in stage.artefacts(name):
+            path = self.directory / f"{name}{KINDS[artefact.kind]}"
+
+            def write(artefact=artefact, path=path) -> None:
+                told = artefact.write(path, about)
+                result.files[artefact.kind] = path
+                if told:
+                    result.remarks[artefact.kind] = told
+
+            reason = self._guarded(path.name, write)
+            if reason:
+                result.remarks[artefact.kind] = {"reason": reason}
+        self.arms[name] = result._replace(picture=result.files.get("picture"))
+
+    def _guarded(self, what: str, write: Callable[[], None]) -> str:
+        """Do it; where that fails, remember and return why, in one sentence."""
+        try:
+            write()
+        except RequestError as error:  # an empty scene has no mesh
+            reason = str(error)
+        except Exception as error:  # a codec, a full disk, no memory: the other files must not suffer
+            log.warning("%s of run %s could not be made", what, self.directory.name, exc_info=True)
+            reason = f"{what} could not be made: {reason_of(error)}."
+        else:
+            return ""
+        if reason not in self.remarks:
+            self.remarks.append(reason)
+        return reason
+
+    def _manifest(self, state: str, seconds: float, stopped: str, failed: bool) -> dict[str, Any]:
+        arms = {
+            name: {
+                "scores": arm.scores,
+                "files": {kind: path.name for kind, path in arm.files.items()},
+                "remarks": arm.remarks,
+            }
+            for name, arm in self.arms.items()
+        }
+        return {
+            "config": self.config.to_dict(), "state": state, "arms": arms, "steps_done": len(self.rows),
+            "seconds": round(seconds, 3), "stopped": stopped, "failed": failed, "remarks": self.remarks,
+            "versions": versions(), **revisions(self.config),
+        }  # fmt: skip
+
+
+@torch.no_grad()
+def scores_of(images: Float[Tensor, "B 3 H W"], prompts: list[str], rewards: dict[str, Reward]) -> dict[str, float]:
+    """Reward -> its mean over the images."""
+    return {name: reward(images, prompts).mean().item() for name, reward in rewards.items()}
+
+
+def reason_of(error: BaseException) -> str:
+    """What an exception says, in a few words and without a path of this machine."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    return type(error).__name__
+
+
+def versions() -> dict[str, str]:
+    return {"psd": psd.__version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def revisions(config: RunConfig) -> dict[str, Any]:
+    """Which commits of the hub the weights are of; empty where they come with the app."""
+    prior = prior_info(config.prior)
+    return {
+        "prior_revision": prior.source.revision,
+        "fast_decoder_revision": prior.fast_decoder.source.revision if config.fast_decoder else "",
+        "reward_revisions": {name: REWARDS[name].source.revision for name in reward_terms(config.reward)},
+    }
+
+
+def write_preview(directory: Path, preview: Preview) -> Path:
+    """Save it under a new name, since a page shows an unchanged URL's old picture; only the latest stay."""
+    folder = directory / PREVIEWS
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{preview.step:06d}.webp"
+    Image.fromarray(preview.image).save(path, quality=90, method=0)
+    for old in sorted(folder.iterdir())[:-KEPT_PREVIEWS]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def read(directory: Path) -> Result:
+    """A run's folder as far as it is there; files that have been tidied away are left out."""
+    about = read_json(directory / MANIFEST)
+    arms = {name: read_arm(directory, told) for name, told in about.get("arms", {}).items()}
+    listed = [path for arm in arms.values() for path in arm.files.values()]
+    listed += [path for name in (METRICS, MANIFEST) if (path := directory / name).exists()]
+    previews = sorted((directory / PREVIEWS).glob("*.webp"))
+    return Result(
+        directory=directory, state=about.get("state", ""), settings=about.get("config", {}), arms=arms,
+        rows=read_rows(directory / METRICS), files=tuple(listed), steps_done=about.get("steps_done", 0),
+        seconds=as_float(about.get("seconds")), stopped=about.get("stopped", ""), failed=about.get("failed", False),
+        remarks=tuple(about.get("remarks", ())), preview=previews[-1] if previews else None,
+    )  # fmt: skip
+
+
+def read_arm(directory: Path, told: dict[str, Any]) -> ArmResult:
+    files = {kind: path for kind, name in told["files"].items() if (path := directory / name).exists()}
+    scores = {name: as_float(score) for name, score in told["scores"].items()}
+    return ArmResult(files.get("picture"), scores, files, told["remarks"])
+
+
+def read_rows(path: Path) -> tuple[dict[str, float], ...]:
+    """The rows of a metrics.csv without their empty cells; none where there is no such file."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            return tuple({key: as_float(value) for key, value in row.items() if value} for row in csv.DictReader(file))
+    except OSError:
+        return ()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def settings_of(path: Path) -> dict[str, Any]:
+    """The settings inside a result: the picture's text chunk, the mesh's extras or run.json's "config".
+
+    As they were written, unchecked. Raises RequestError.
+    """
+    try:
+        if path.suffix.lower() == ".glb":
+            found: Any = read_glb_extras(path)
+        elif path.suffix.lower() == ".png":
+            with Image.open(path, formats=["PNG"]) as image:
+                # Chunks before the pixels are read with the header: the image itself is never decoded.
+                found = json.loads(image.info.get(PNG_KEY, ""))
+        else:
+            found = read_json(path) if path.stat().st_size <= MAX_SETTINGS_BYTES else {}
+    except (OSError, ValueError, SyntaxError, RecursionError, Image.DecompressionBombError):
+        found = {}
+    found = found.get("config", found) if isinstance(found, dict) else {}
+    if not isinstance(found, dict) or not isinstance(found.get("prompt"), str):
+        raise RequestError("This file carries no settings: drop a result PNG, GLB or run.json that this app wrote.")
+    return found
+
+
+def as_float(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan

@@ -1,0 +1,41 @@
+"""r(y, decode(x_0)): a reward as a method asks for it, bound to one arm of a run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from jaxtyping import Float
+from torch import Tensor
+
+from psd.contracts import Decode, Reward
+
+if TYPE_CHECKING:
+    from psd.scene.cameras import Cameras
+
+
+class BoundScore:
+    """Scores of every noise and sample, differentiable; a mixture learns its scales here, for this arm alone.
+
+    rank          "group": every view of a noise has the mean over all of them
+    view_prompts  the reward reads y as "y, front view" and so on, by the view's camera
+    """
+
+    def __init__(
+        self, decode: Decode, reward: Reward, prompts: list[str], rank: str = "view", view_prompts: bool = False
+    ) -> None:
+        self.decode, self.reward, self.prompts = decode, reward.bound(), prompts
+        self.rank, self.view_prompts = rank, view_prompts
+
+    def __call__(self, x_0: Float[Tensor, "N B C h w"], cameras: Cameras | None) -> Float[Tensor, "N B"]:
+        images = self.decode(x_0.flatten(0, 1)).float()
+        scores = self.reward.rank(images, self.read(x_0.shape[1], cameras) * len(x_0), len(x_0)).view(x_0.shape[:2])
+        return scores.mean(1, keepdim=True).expand_as(scores) if self.rank == "group" else scores
+
+    def read(self, samples: int, cameras: Cameras | None = None) -> list[str]:
+        """The prompt of each sample; one prompt serves all views of an object."""
+        prompts = self.prompts * samples if len(self.prompts) == 1 else self.prompts
+        if cameras is None or not self.view_prompts:
+            return prompts
+        from psd.scene.cameras import view_names  # a picture has no cameras and loads no scene
+
+        return [f"{prompt}, {name} view" for prompt, name in zip(prompts, view_names(cameras), strict=True)]
