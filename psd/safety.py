@@ -132,7 +132,6 @@ def check_models(config: RunConfig, allow_local: bool) -> None:
 
     A reward may also be a mixture, whose members' scales are learned from the pairs that the method ranks.
     """
-
     if is_mixture(config.reward) and not any(METHODS[arm.method].ranks for arm in arms_of(config).values()):
         raise RequestError(
             "reward is a mixture, weighed by the pairs that a method ranks, and no arm here ranks any: "
@@ -143,7 +142,7 @@ def check_models(config: RunConfig, allow_local: bool) -> None:
     if prior in PRIORS or is_hub_id(prior):
         return
     if not (os.path.exists(prior) or prior.startswith(("/", ".", "~")) or prior.count("/") > 1):
-        raise RequestError(unknown_name("prior", prior, PRIORS, otherwise))
+        raise RequestError(unknown_name("prior", prior, PRIORS, otherwise), "prior")
     if not allow_local:
         raise RequestError(
             f"prior {shown(prior)} is a path, which only the command line may use; "

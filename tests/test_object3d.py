@@ -17,7 +17,7 @@ from psd.scene.cameras import orbit_cameras
 from psd.scene.fields import ConstantBackground, DirectionalBackground
 from psd.scene.losses import SEEN
 from psd.scene.render import Rendering, render
-from psd.scene.rig import Frame
+from psd.scene.rig import Frame, Rig
 from psd.score import BoundScore
 from tests import gaussian
 from tests.gaussian import PlainReward
@@ -27,7 +27,7 @@ CONFIG = RunConfig(
     prompt="a longer prompt", negative_prompt="bad", mode="3d", steps=6, gamma=2.0, weighting="recon", lr=0.05,
     negative_lr=1e-2, grid_size=16, render_size=SIDE, samples=12,
 )  # fmt: skip
-FRAME = Frame(0.7, (40.0, 40.0), (0.7, 0.8), (0.0, 30.0), background=(0.9, 0.9, 0.9))
+FRAME = Frame(0.7, Rig((40.0, 40.0), (0.7, 0.8), (0.0, 30.0)), background=(0.9, 0.9, 0.9))
 
 
 @dataclass

@@ -58,7 +58,7 @@ def test_the_cameras_of_a_group_are_the_rigs():
 
 def test_the_frame_of_the_prior_is_that_of_its_training_pictures():
     for name in ("fovy_deg", "distance", "elevation_deg"):
-        np.testing.assert_allclose(getattr(TOYBOX_FRAME, name), getattr(views.TOYBOX_RIG, name), atol=1e-4)
+        np.testing.assert_allclose(getattr(TOYBOX_FRAME.rig, name), getattr(views.TOYBOX_RIG, name), atol=1e-4)
     np.testing.assert_allclose(TOYBOX_FRAME.background, raster.BACKGROUND, atol=1e-6)
 
 

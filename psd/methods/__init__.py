@@ -19,7 +19,6 @@ class MethodInfo(NamedTuple):
     method: str
     about: str
     ranks: bool = False  # whether it asks the reward which of several noises is best; a mixture learns its scales there
-    needs: tuple[str, ...] = ()  # what it cannot do without: see psd.safety.check_needs
 
     def load(self) -> type[Method]:
         return resolve_name(self.method)
@@ -30,7 +29,5 @@ METHODS: dict[str, MethodInfo] = {
         "psd.methods.preference:PSD", "Preference score distillation: delta_pref and the learned n.", ranks=True
     ),
     "sds": MethodInfo("psd.methods.sds:SDS", "Plain score distillation; in image mode it is DDIM."),
-    "negative": MethodInfo(
-        "psd.methods.negative:NegativeOnly", "The learned n alone (Sec. 3.3).", needs=("reward gradient",)
-    ),
+    "negative": MethodInfo("psd.methods.negative:NegativeOnly", "The learned n alone (Sec. 3.3)."),
 }

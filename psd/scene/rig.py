@@ -27,18 +27,12 @@ class Rig:
 
 @dataclass(frozen=True)
 class Frame:
-    """How a multi-view prior's training pictures were taken; the defaults are MVDream's. See psd.scene.cameras.Rig."""
+    """How a multi-view prior's training pictures were taken; the defaults are MVDream's."""
 
     radius: float = 1.0  # half the side of the box that holds the object
-    fovy_deg: tuple[float, float] = (15.0, 60.0)
-    distance: tuple[float, float] = (0.8, 1.0)  # times 1 / tan(fovy / 2)
-    elevation_deg: tuple[float, float] = (0.0, 30.0)
+    rig: Rig = Rig()
     background: tuple[float, float, float] | None = None  # its one colour; None: of many colours, so it is learned
     portrait_distance: float = 3.0
-
-    @property
-    def rig(self) -> Rig:
-        return Rig(self.fovy_deg, self.distance, self.elevation_deg)
 
     @property
     def portrait(self) -> dict[str, float]:

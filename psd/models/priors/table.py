@@ -12,7 +12,7 @@ from pathlib import Path
 from psd.errors import RequestError
 from psd.models.hub import DIFFUSERS_FILES, Source, is_hub_id, on_disk
 from psd.models.priors.ldm import is_multi_view
-from psd.scene.rig import Frame
+from psd.scene.rig import Frame, Rig
 
 SINGLE_VIEW = "psd.models.priors.stable_diffusion:StableDiffusionPrior"
 MULTI_VIEW = "psd.models.priors.mvdream:MVDreamPrior"
@@ -64,7 +64,7 @@ class PriorInfo:
 
 # As psd.toybox.views.TOYBOX_RIG and raster.BACKGROUND say it.
 TOYBOX_FRAME = Frame(
-    radius=0.7, fovy_deg=(40.0, 40.0), distance=(0.6743, 0.7807), elevation_deg=(0.0, 30.0),
+    radius=0.7, rig=Rig(fovy_deg=(40.0, 40.0), distance=(0.6743, 0.7807), elevation_deg=(0.0, 30.0)),
     background=(0.86, 0.88, 0.90), portrait_distance=1.95,
 )  # fmt: skip
 
