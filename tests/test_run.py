@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -168,6 +169,32 @@ def test_every_way_out_writes_what_there_is(way: str, tmp_path: Path, monkeypatc
     assert (found.state, found.stopped, found.failed, found.steps_done) == ("done", stopped, failed, 3)
     assert set(found.arms) == {"with", "without"} and len(found.rows) == 3
     assert all(pixels(arm.picture).std() > 1 for arm in found.arms.values())
+
+
+def test_what_a_failed_step_held_is_freed_although_its_error_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    held: list[weakref.ref] = []
+
+    def eps(x_t, t, *rest):
+        large = torch.zeros(1000)
+        held.append(weakref.ref(large))
+        raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(load_prior("toybox/sd", "cpu"), "eps", eps)
+    with pytest.raises(RuntimeError) as kept:
+        run(CONFIG, tmp_path)
+    assert kept.value.__traceback__ is not None and [reference() for reference in held] == [None]
+
+
+@pytest.mark.parametrize("name", ["run.json", "bomb.png", "other.glb"])
+def test_files_that_carry_no_settings_are_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A picture that would unfold into gigabytes among them: its pixels are never read."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    if name.endswith(".png"):
+        Image.new("RGB", (64, 64)).save(tmp_path / name)
+    else:
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(RequestError, match="carries no settings"):
+        record.settings_of(tmp_path / name)
 
 
 def test_closing_keeps_the_last_state(tmp_path: Path):
