@@ -83,11 +83,12 @@ class Reward(Protocol):
 
 
 class Score(Protocol):
-    """r(y, decode(x_0)) of every noise and sample, bound to one arm; the cameras are the samples', if there are any."""
+    """r(y, decode(x_0)) of every noise and sample, bound to one arm."""
 
     reward: Reward
+    cameras: Cameras | None  # of this step's samples, if there are any: the stage's to set
 
-    def __call__(self, x_0: Float[Tensor, "N B C h w"], cameras: Cameras | None) -> Float[Tensor, "N B"]: ...
+    def __call__(self, x_0: Float[Tensor, "N B C h w"]) -> Float[Tensor, "N B"]: ...
 
     def read(self, samples: int) -> list[str]: ...  # the prompt of each sample
 
@@ -109,7 +110,7 @@ class Setup(NamedTuple):
     n_0: Float[Tensor, "S L D"]
     score: Score
     schedule: NoiseSchedule
-    views: int  # samples of one object, which are rescaled together; 1 in image mode
+    views: int = 1  # samples of one object, which are rescaled together
 
 
 class Now(NamedTuple):
@@ -121,9 +122,9 @@ class Now(NamedTuple):
     alpha_t: Float[Tensor, ""]
     sigma_t: Float[Tensor, ""]
     cameras: Cameras | None
-    poses: Float[Tensor, "B 16"] | None  # the cameras as the prior takes them
     x_c: Float[Tensor, "B C h w"]  # without gradient
     noise: Float[Tensor, "N B C h w"]  # N = method.noises(step); the first is the mode's own
+    poses: Float[Tensor, "B 16"] | None = None  # the cameras as the prior takes them
 
 
 class Ask(NamedTuple):

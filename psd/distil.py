@@ -45,7 +45,7 @@ def distil(prior: Prior, stage: Stage) -> Iterator[State]:
             method = stage.arms[name].method
             noise = stage.noises(drawn, name, method.noises(step))
             steps[name] = method.step(
-                Now(step, drawn.share, drawn.t, alpha_t, sigma_t, drawn.cameras, drawn.poses, x_c.detach(), noise)
+                Now(step, drawn.share, drawn.t, alpha_t, sigma_t, drawn.cameras, x_c.detach(), noise, drawn.poses)
             )
         guided = together(prior, steps, drawn.t, drawn.poses)
         number = step + 1 + opened

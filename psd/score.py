@@ -25,17 +25,17 @@ class BoundScore:
     ) -> None:
         self.decode, self.reward, self.prompts = decode, reward.bound(), prompts
         self.rank, self.view_prompts = rank, view_prompts
+        self.cameras: Cameras | None = None
 
-    def __call__(self, x_0: Float[Tensor, "N B C h w"], cameras: Cameras | None) -> Float[Tensor, "N B"]:
-        images = self.decode(x_0.flatten(0, 1)).float()
-        scores = self.reward.rank(images, self.read(x_0.shape[1], cameras) * len(x_0), len(x_0)).view(x_0.shape[:2])
+    def __call__(self, x_0: Float[Tensor, "N B C h w"]) -> Float[Tensor, "N B"]:
+        images, read = self.decode(x_0.flatten(0, 1)).float(), self.read(x_0.shape[1])
+        if self.view_prompts and self.cameras is not None:
+            from psd.scene.cameras import view_names  # a picture has no cameras and loads no scene
+
+            read = [f"{prompt}, {name} view" for prompt, name in zip(read, view_names(self.cameras), strict=True)]
+        scores = self.reward.rank(images, read * len(x_0), len(x_0)).view(x_0.shape[:2])
         return scores.mean(1, keepdim=True).expand_as(scores) if self.rank == "group" else scores
 
-    def read(self, samples: int, cameras: Cameras | None = None) -> list[str]:
+    def read(self, samples: int) -> list[str]:
         """The prompt of each sample; one prompt serves all views of an object."""
-        prompts = self.prompts * samples if len(self.prompts) == 1 else self.prompts
-        if cameras is None or not self.view_prompts:
-            return prompts
-        from psd.scene.cameras import view_names  # a picture has no cameras and loads no scene
-
-        return [f"{prompt}, {name} view" for prompt, name in zip(prompts, view_names(cameras), strict=True)]
+        return self.prompts * samples if len(self.prompts) == 1 else self.prompts

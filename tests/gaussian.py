@@ -34,9 +34,9 @@ def step_of(
 ) -> Guided:
     """What a method's step makes of these predictions; it asks for them once, under the prompt and n."""
     y, n_0 = torch.zeros(1, 1, 1), torch.ones(1, 1, 1)
-    made = METHODS[method].load()(Setup(config, None, y, n_0, lambda x_0, cameras: score(x_0), None, views))
+    made = METHODS[method].load()(Setup(config, None, y, n_0, score, None, views))
     x_c = (p.x_t[0] - p.sigma_t * p.noise[0]) / p.alpha_t
-    steps = made.step(Now(0, 0.0, 500, p.alpha_t, p.sigma_t, None, None, x_c, p.noise))
+    steps = made.step(Now(0, 0.0, 500, p.alpha_t, p.sigma_t, None, x_c, p.noise))
     with torch.no_grad():
         ask = next(steps)
         torch.testing.assert_close(ask.x_t, p.x_t, rtol=1e-4, atol=1e-4)

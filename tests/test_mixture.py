@@ -151,9 +151,9 @@ def test_gradients_are_the_members_in_their_units():
 def test_a_step_of_the_method_teaches_it():
     prior, mixture, x_0 = ExactPrior(), red_and_dark(), torch.rand(2, 3, 3, 2, 2)  # its latents are its pictures
     score = BoundScore(prior.decode, mixture, ["a", "b", "c"])
-    scores = score(x_0, None)
+    scores = score(x_0)
     assert scores.shape == (2, 3) and score.reward.ranked == 1
-    torch.testing.assert_close(score(x_0[:1], None), scores[:1])
+    torch.testing.assert_close(score(x_0[:1]), scores[:1])
     assert score.reward.ranked == 1 and mixture.ranked == 0  # each arm's scales are its own
 
 

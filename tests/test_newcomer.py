@@ -87,7 +87,7 @@ class NoiseStage:
         self.arms = {}
         for name, arm in arms.items():
             score = BoundScore(models.decode, models.reward, [config.prompt])
-            method = METHODS[arm.method].load()(Setup(arm, models.prior, y, n_0, score, None, 1))
+            method = METHODS[arm.method].load()(Setup(arm, models.prior, y, n_0, score, None))
             self.arms[name] = Arm(name, arm, method, score)
 
     def start(self) -> Generator[Ask, Answer, None]:

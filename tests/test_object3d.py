@@ -165,9 +165,7 @@ def test_the_image_loss_alone_pulls_as_the_latent_one_does_where_pixels_are_late
 
 def test_group_ranking_gives_every_view_the_mean():
     prior, x_0 = ExactPrior(), torch.rand(2, 4, 3, SIDE, SIDE)
-    by_view, by_group = (
-        BoundScore(prior.decode, brightness, ["x"], rank)(x_0, orbit_cameras(4)) for rank in ("view", "group")
-    )
+    by_view, by_group = (BoundScore(prior.decode, brightness, ["x"], rank)(x_0) for rank in ("view", "group"))
     torch.testing.assert_close(by_group, by_view.mean(1, keepdim=True).expand(2, 4))
     assert by_view.std(1).min() > 0
 
@@ -182,11 +180,12 @@ def test_the_reward_is_told_the_view(view_prompts: bool):
         return brightness(images, prompts)
 
     score = BoundScore(ExactPrior().decode, reward, ["a cat"], "view", view_prompts)
-    cameras = orbit_cameras(4, azimuth_start_deg=10)
-    score(torch.rand(2, 4, 3, SIDE, SIDE), cameras)
+    score.cameras = orbit_cameras(4, azimuth_start_deg=10)
+    score(torch.rand(2, 4, 3, SIDE, SIDE))
     views = ["a cat, front view", "a cat, side view", "a cat, back view", "a cat, side view"]
     assert read == [2 * (views if view_prompts else ["a cat"] * 4)]
-    score(torch.rand(1, 4, 3, SIDE, SIDE), orbit_cameras(4, elevation_deg=70))
+    score.cameras = orbit_cameras(4, elevation_deg=70)
+    score(torch.rand(1, 4, 3, SIDE, SIDE))
     assert read[1] == 4 * ["a cat, overhead view" if view_prompts else "a cat"]
 
 

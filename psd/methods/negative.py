@@ -109,7 +109,7 @@ class FollowsReward:
             return runs * reward_through_negative(
                 n, x_t, eps_y, now.alpha_t, now.sigma_t, self.config.gamma,
                 eps=lambda x, cond: self.prior.eps(x, now.t, cond.expand(len(x), -1, -1), now.poses),
-                reward=lambda x_0: self.score(x_0[None], now.cameras)[0],
+                reward=lambda x_0: self.score(x_0[None])[0],
             )  # fmt: skip
 
         self.negative.update(objective, now.step)

@@ -35,7 +35,7 @@ class PSD(FollowsReward):
         eps_cfg = guidance.cfg(eps_y, eps_n, config.gamma)
         ranked = guidance.rescale(x_t, eps_cfg, eps_y, now.alpha_t, now.sigma_t, config.rescale, self.views)
         x_0 = guidance.x0_hat(x_t, ranked if config.x0_from == "cfg" else eps_y, now.alpha_t, now.sigma_t)
-        winner, reward_gap, terms = rank(self.score(x_0, now.cameras).float())
+        winner, reward_gap, terms = rank(self.score(x_0).float())
         loser = 1 - winner
 
         # delta_gen + gamma * delta_cls, at the winner.

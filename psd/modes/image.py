@@ -67,7 +67,7 @@ class ImageStage:
         self.arms: dict[str, Arm] = {}
         for name, arm in arms.items():
             score = BoundScore(models.decode, models.reward, self.prompts)
-            setup = Setup(arm, prior, self.y, self.n_0, score, self.schedule, views=1)
+            setup = Setup(arm, prior, self.y, self.n_0, score, self.schedule)
             self.arms[name] = Arm(name, arm, METHODS[arm.method].load()(setup), score)
 
     def start(self) -> Generator[Ask, Answer, int]:

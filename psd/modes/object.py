@@ -138,6 +138,8 @@ class ObjectStage:
     def draw(self, step: int) -> Drawn:
         prior, generator, share = self.models.prior, self.generator, step / self.steps
         cameras = sample_cameras(self.frame.rig, prior.views, generator).to(prior.device)
+        for arm in self.arms.values():
+            arm.score.cameras = cameras
         u = torch.rand((), generator=generator).item()
         t = anneal_timestep(self.config, share, len(prior.alphas_cumprod), u)
         noise = torch.randn((2, prior.views, *prior.latent_shape), generator=generator).to(prior.device)
