@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.random import default_rng
 
-from psd.toybox import raster, world
+from psd.toybox import kinds, raster, world
 from psd.toybox.dataset import degrade, draw_example, example
 from psd.toybox.facts import GROUPS, check_facts, labels
 from psd.toybox.models import make_tokenizer
@@ -38,7 +38,7 @@ SHAPES = {"sphere": 0.0, "dome": 0.0, "frustum": 0.4, "torus": 0.3, "box": 0.0, 
 @pytest.mark.parametrize(("shape", "param"), SHAPES.items())
 def test_first_hit_is_where_a_marched_ray_enters(shape: str, param: float):
     """March each ray in small steps and ask the shape's definition; the closed form must agree."""
-    matrix = world.turn(20, 30, 40) * np.array([0.5, 0.3, 0.4])
+    matrix = kinds.turn(20, 30, 40) * np.array([0.5, 0.3, 0.4])
     primitive = raster.Primitive(shape, matrix, np.array([0.1, -0.05, 0.02]), "main", param)
     pose = raster.camera_to_world(35, 20, 2.0)
     axis = np.linspace(-0.3, 0.3, 24, dtype=np.float32)
@@ -68,7 +68,7 @@ def test_camera_is_where_it_says():
     np.testing.assert_allclose(pose[:3, 0], [0, 1, 0], atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", world.KINDS)
+@pytest.mark.parametrize("kind", kinds.KINDS)
 def test_every_kind_fits_the_frame_in_its_colour(kind: str):
     image = world.draw(world.Scene(world.Thing(kind, "green"))) / 255
     background = np.abs(image - raster.BACKGROUND).max(-1) < 0.02
@@ -79,14 +79,14 @@ def test_every_kind_fits_the_frame_in_its_colour(kind: str):
 
 
 def test_the_world_is_as_rich_as_it_says():
-    assert len(world.KINDS) >= 48
+    assert len(kinds.KINDS) >= 48
     assert len(world.COLOURS) == 12
-    assert sum(bool(kind.part) for kind in world.KINDS.values()) >= 40
+    assert sum(bool(kind.part) for kind in kinds.KINDS.values()) >= 40
 
 
 def test_views_of_a_surface_agree():
     """Shading depends on the surface alone: the same point has the same colour from two cameras."""
-    surface = raster.Surface(world._normalised("sphere")[0], np.array([0.8, 0.2, 0.2], np.float32), metal=True)
+    surface = raster.Surface(kinds.normalised("sphere")[0], np.array([0.8, 0.2, 0.2], np.float32), metal=True)
     normal = np.array([[0.6, 0.0, 0.8]], np.float32)
     assert np.array_equal(raster._shade(normal, 0.5 * normal, surface), raster._shade(normal, 0.5 * normal, surface))
     left, right = (raster.render([surface], raster.camera_to_world(a, 15, 2), 64) for a in (40, 50))
@@ -102,7 +102,7 @@ def test_training_never_shows_a_held_out_combination(seed: int):
 
 
 def test_one_colour_of_every_kind_is_held_out():
-    for kind in world.KINDS:
+    for kind in kinds.KINDS:
         assert sum(world.is_heldout(kind, colour) for colour in world.COLOURS) == 1
 
 

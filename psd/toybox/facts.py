@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from psd.toybox import world
+from psd.toybox import kinds, world
 
-_KINDS, _COLOURS = tuple(world.KINDS), tuple(world.COLOURS)
+_KINDS, _COLOURS = tuple(kinds.KINDS), tuple(world.COLOURS)
 GROUPS: dict[str, tuple[str, ...]] = {
     "relation": world.RELATIONS,
     "kind_a": _KINDS,
@@ -28,7 +28,7 @@ def labels(scene: world.Scene) -> np.ndarray:
     first, second = scene.first, scene.second
     if scene.relation == "next":
         first, second = sorted(scene.things(), key=lambda thing: _KINDS.index(thing.kind))
-    kind = world.KINDS[first.kind]
+    kind = kinds.KINDS[first.kind]
     values = {
         "relation": scene.relation,
         "kind_a": first.kind,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from psd.models.rewards.preprocess import CLIP_MEAN, CLIP_STD
-from psd.toybox import world
+from psd.toybox import kinds, world
 from psd.toybox.dataset import Renders, degrade
 from psd.toybox.facts import labels
 
@@ -53,7 +53,7 @@ def _wrong_thing(thing: world.Thing, in_pair: bool, rng: np.random.Generator) ->
         return replace(thing, material="metal")
     values = {
         "kind": [
-            k for k in (world.PAIRABLE if in_pair else world.KINDS) if world.KINDS[k].part or not thing.part_colour
+            k for k in (kinds.PAIRABLE if in_pair else kinds.KINDS) if kinds.KINDS[k].part or not thing.part_colour
         ],
         "colour": list(world.COLOURS),
         "part_colour": list(world.COLOURS),

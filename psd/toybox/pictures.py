@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from psd.toybox import world
+from psd.toybox import kinds, world
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 LABEL_PX = 18
@@ -34,7 +34,7 @@ def world_sheet() -> Image.Image:
     """Every kind once, then scenes drawn from seed 0."""
     rng = np.random.default_rng(0)
     colours = list(world.COLOURS)
-    scenes = [world.Scene(world.Thing(kind, colours[5 * i % 12])) for i, kind in enumerate(world.KINDS)]
+    scenes = [world.Scene(world.Thing(kind, colours[5 * i % 12])) for i, kind in enumerate(kinds.KINDS)]
     scenes += [world.sample_scene(rng, pairs=0.5) for _ in range(72 - len(scenes))]
     return sheet([world.draw(s, 128, rng, 3) for s in scenes], [world.caption(s) for s in scenes], 9)
 

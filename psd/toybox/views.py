@@ -21,7 +21,7 @@ from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor
 
 from psd.scene.rig import Rig
-from psd.toybox import world
+from psd.toybox import kinds, world
 from psd.toybox.dataset import IMAGE_SIZE, Example, degrade, example
 from psd.toybox.facts import GROUPS
 from psd.toybox.raster import BACKGROUND, Surface, camera_to_world, render
@@ -155,7 +155,7 @@ def asymmetry(kind: str) -> float:
 
 
 def _turned(surface: Surface, azimuth_deg: float) -> Surface:
-    rotation, old = world.turn(z=azimuth_deg), surface.primitive
+    rotation, old = kinds.turn(z=azimuth_deg), surface.primitive
     return replace(surface, primitive=replace(old, matrix=rotation @ old.matrix, centre=rotation @ old.centre))
 
 
