@@ -15,12 +15,12 @@ from psd.models.priors import load_prior
 from psd.models.priors.mvdream import MVDreamPrior, predict, start_from
 from psd.models.priors.table import TOYBOX_FRAME
 from psd.scene.cameras import camera_embedding, look_at, sample_cameras
-from psd.toybox import evaluate_mvdream, raster, train, train_mvdream, views, world
+from psd.toybox import evaluate_mvdream, raster, train_mvdream, views, workshop, world
 from psd.toybox.classifier import AttributeClassifier, load_attributes
 from psd.toybox.dataset import example
 from psd.toybox.facts import GROUPS, labels
 from psd.toybox.models import make_scheduler
-from psd.toybox.train import Bench
+from psd.toybox.workshop import Recipe, Workshop
 from tests.test_priors import make_prior_folder
 
 CLEAN = world.Scene(world.Thing("duck", "red"))
@@ -144,10 +144,10 @@ def test_an_azimuth_is_read_back_from_its_target():
 
 # Training.
 def test_timesteps_are_one_per_share_and_inside_the_schedule(monkeypatch):
-    t = train_mvdream.stratified_timesteps(8, 1000, torch.Generator().manual_seed(0))
+    t = workshop.stratified_timesteps(8, 1000, torch.Generator().manual_seed(0))
     assert (t // 125).tolist() == list(range(8)) and (t % 125).unique().numel() > 4
     monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.full(size, 1 - 2**-24))
-    assert train_mvdream.stratified_timesteps(64, 1000, torch.Generator()).max() == 999
+    assert workshop.stratified_timesteps(64, 1000, torch.Generator()).max() == 999
 
 
 def test_the_weight_of_the_loss_by_hand():
@@ -183,20 +183,19 @@ def small_stages(monkeypatch, tmp_path, tiny) -> Path:
     monkeypatch.setattr(views, "CHUNK", 4)
     monkeypatch.setattr(train_mvdream, "load_prior", lambda name, device: tiny)
     monkeypatch.setattr(train_mvdream, "GROUPS_DRAWN", {4: 4, 5: 4, 6: 4})
-    monkeypatch.setitem(train.STAGES, "mvdream", (4, 2, 4e-4, 4))
-    monkeypatch.setitem(train.STAGES, "views", (2, 4, 2e-3, 5))
-    monkeypatch.setattr(train, "ASSETS", tmp_path / "assets")
-    monkeypatch.setattr(train, "CHECKPOINT_EVERY_S", -1)
+    monkeypatch.setitem(workshop.STAGES, "mvdream", Recipe(4, 2, 4e-4, 4))
+    monkeypatch.setitem(workshop.STAGES, "views", Recipe(2, 4, 2e-3, 5))
+    monkeypatch.setattr(workshop, "CHECKPOINT_EVERY_S", -1)
     return tmp_path / "assets"
 
 
-def bench(work: Path, warm: bool = False) -> Bench:
+def shop(work: Path, warm: int = 0) -> Workshop:
     torch.save(torch.randn(8, 4, 16, 16, generator=torch.Generator().manual_seed(2)).half(), work / "latents-1.pt")
-    return Bench(torch.device("cpu"), work, 1.0, ("mvdream", "views"), warm)
+    return Workshop(torch.device("cpu"), work, 1.0, ("mvdream", "views"), warm, work / "assets")
 
 
 def test_training_goes_on_exactly_where_it_was_cut_off(small_stages, monkeypatch, tmp_path, tiny):
-    at_once = train_mvdream.train_mvdream(bench(tmp_path))
+    at_once = train_mvdream.train_mvdream(shop(tmp_path))
     (tmp_path / "mvdream.pt").unlink()
 
     calls, take = [], views.Groups.take
@@ -209,8 +208,8 @@ def test_training_goes_on_exactly_where_it_was_cut_off(small_stages, monkeypatch
 
     monkeypatch.setattr(views.Groups, "take", cut)
     with pytest.raises(KeyboardInterrupt):
-        train_mvdream.train_mvdream(bench(tmp_path))
-    resumed = train_mvdream.train_mvdream(bench(tmp_path))
+        train_mvdream.train_mvdream(shop(tmp_path))
+    resumed = train_mvdream.train_mvdream(shop(tmp_path))
     assert len(calls) == 3 + 2  # the third step again, and the fourth
     for name, weight in at_once.state_dict().items():
         torch.testing.assert_close(resumed.state_dict()[name], weight, rtol=0, atol=1e-6)
@@ -228,14 +227,14 @@ def test_training_goes_on_exactly_where_it_was_cut_off(small_stages, monkeypatch
 
     # A finished stage is only loaded; with `warm` and without its checkpoint it goes on from what was saved.
     (tmp_path / "mvdream.pt").unlink()
-    monkeypatch.setitem(train.STAGES, "mvdream", (1, 2, 0.0, 4))
-    warm = train_mvdream.train_mvdream(bench(tmp_path, warm=True))
+    monkeypatch.setitem(workshop.STAGES, "mvdream", Recipe(1, 2, 0.0, 4))
+    warm = train_mvdream.train_mvdream(shop(tmp_path, warm=1))
     with torch.no_grad():
         torch.testing.assert_close(predict(warm, x, 500, cond, cameras, 4), trained, rtol=0, atol=5e-3)
 
 
 def test_the_classifier_of_views_trains_and_loads_as_one_of_attributes(small_stages, tmp_path):
-    train_mvdream.train_views(bench(tmp_path))
+    train_mvdream.train_views(shop(tmp_path))
     classifier = load_attributes(source=Source(str(small_stages / "views")))
     assert classifier.groups == views.VIEW_GROUPS
     measured = evaluate_mvdream.real_views(classifier, views.Groups(tmp_path, 5, 4))

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -25,20 +24,26 @@ from psd.models.priors import load_prior
 from psd.models.priors.mvdream import predict, start_from
 from psd.models.priors.stable_diffusion import StableDiffusionPrior
 from psd.scene.cameras import camera_embedding, sample_cameras
-from psd.toybox import models, train, world
+from psd.toybox import models, world
 from psd.toybox.classifier import load_attributes
 from psd.toybox.dataset import Example, example
 from psd.toybox.facts import GROUPS, labels
 from psd.toybox.pairs import normalise, to_pixels
 from psd.toybox.raster import BACKGROUND
-from psd.toybox.train import NULL_CAPTION_SHARE, STAGES, Bench, augment, encode_all, group_loss, run_stage
 from psd.toybox.views import AZIMUTHS, TOYBOX_RIG, VIEW_GROUPS, VIEWS, Groups, azimuth_target, shows_azimuth
+from psd.toybox.workshop import (
+    NULL_CAPTION_SHARE,
+    STAGES,
+    Workshop,
+    augment,
+    encode_all,
+    group_loss,
+    rank_0_first,
+    run_stage,
+    stratified_timesteps,
+    workshop_from_command_line,
+)
 
-# As in psd.toybox.train: steps, batch (groups of views; single views), peak learning rate, data seed.
-STAGES |= {
-    "mvdream":    ( 3000,   8, 4.0e-4, 4),
-    "views":      ( 3000,  64, 1.0e-3, 5),
-}  # fmt: skip
 PAIRS_SEED = 6  # data seed of the pairs that the classifier of views sees beside those that come by chance
 GROUPS_DRAWN = {4: 12288, 5: 16384, PAIRS_SEED: 8192}  # data seed -> how many groups
 SINGLE_SHARE = 0.15  # of a step's images: pictures without a camera, as MVDream mixes them, with this share of the loss
@@ -53,15 +58,15 @@ TURNS_TRIED = 6  # to find one that gives an object's main colour another name
 COLOUR_TOLERANCE = 60 / 255  # Euclidean, in RGB: how far from a named colour one of this name may be
 
 
-def train_mvdream(bench: Bench) -> nn.Module:
+def train_mvdream(shop: Workshop) -> nn.Module:
     """MVDream's recipe: predict eps of four views of one object, each told its camera, beside single pictures."""
-    base = load_prior("toybox/sd", str(bench.device))
+    base = load_prior("toybox/sd", str(shop.device))
     unet = start_from(base.unet).float().to(memory_format=torch.channels_last)
     open_camera(unet)
-    seed = STAGES["mvdream"][3]
-    groups = rank_0_first(lambda: Groups(bench.work, seed, GROUPS_DRAWN[seed], encode=encoder(bench, base)))
-    cameras = camera_embedding(torch.from_numpy(groups.poses).flatten(0, 1)).unflatten(0, (-1, VIEWS)).to(bench.device)
-    latents, examples = rank_0_first(lambda: single_pictures(bench, base))
+    seed = STAGES["mvdream"].seed
+    groups = rank_0_first(lambda: Groups(shop.work, seed, GROUPS_DRAWN[seed], encode=encoder(shop, base)))
+    cameras = camera_embedding(torch.from_numpy(groups.poses).flatten(0, 1)).unflatten(0, (-1, VIEWS)).to(shop.device)
+    latents, examples = rank_0_first(lambda: single_pictures(shop, base))
 
     def part_loss(x_0: Tensor, shown: list[Example], camera: Tensor | None, rng, generator) -> Tensor:
         """Of `shown` scenes with one t and one caption each: their views in a row, or a single picture each."""
@@ -69,11 +74,11 @@ def train_mvdream(bench: Bench) -> nn.Module:
         captions = ["" if rng.random() < NULL_CAPTION_SHARE else drawn.caption(rng) for drawn in shown]
         t = stratified_timesteps(len(shown), len(base.alphas_cumprod), generator).repeat_interleave(views)
         noise = torch.randn(x_0.shape, generator=generator)
-        x_0, t, noise = x_0.to(bench.device).float(), t.to(bench.device), noise.to(bench.device)
+        x_0, t, noise = x_0.to(shop.device).float(), t.to(shop.device), noise.to(shop.device)
         abar = base.alphas_cumprod[t].view(-1, 1, 1, 1)
         x_t = (abar.sqrt() * x_0 + (1 - abar).sqrt() * noise).contiguous(memory_format=torch.channels_last)
         cond = base.embed(captions).repeat_interleave(views, 0)
-        with bench.autocast():
+        with shop.autocast():
             eps = predict(unet, x_t, t, cond, camera, views).float()
         return ((eps - noise).square().mean((1, 2, 3)) * loss_weight((abar / (1 - abar)).flatten())).mean()
 
@@ -87,9 +92,9 @@ def train_mvdream(bench: Bench) -> nn.Module:
         return (1 - SINGLE_SHARE) * together + SINGLE_SHARE * alone
 
     def save(best) -> None:
-        save_mvdream(train.ASSETS / "mvdream", best)
+        save_mvdream(shop.assets / "mvdream", best)
 
-    return run_stage(bench, "mvdream", unet, loss_of, save, {"mvdream/unet": unet}, average=0.999)
+    return run_stage(shop, "mvdream", unet, loss_of, save, {"mvdream/unet": unet}, average=0.999)
 
 
 @torch.no_grad()
@@ -113,12 +118,6 @@ def open_camera(unet: nn.Module) -> None:
     last.bias.sub_(unet.class_embedding(camera_embedding(cameras.c2w)).mean(0))
 
 
-def stratified_timesteps(count: int, steps: int, generator: torch.Generator) -> Int[Tensor, " count"]:
-    """One t from each of `count` equal shares of the schedule."""
-    u = (torch.arange(count) + torch.rand(count, generator=generator)) / count
-    return (u * steps).long().clamp(max=steps - 1)  # u may be rounded to 1
-
-
 def loss_weight(snr: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
     """Of the squared error of eps-hat: min-SNR-5, times 1 / sqrt(SNR) where the SNR is below 1.
 
@@ -128,36 +127,25 @@ def loss_weight(snr: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
     return snr.clamp(max=5.0) / snr / snr.clamp(max=1.0).sqrt()
 
 
-def encoder(bench: Bench, prior: StableDiffusionPrior) -> Callable[[np.ndarray], np.ndarray]:
+def encoder(shop: Workshop, prior: StableDiffusionPrior) -> Callable[[np.ndarray], np.ndarray]:
     """uint8 images [n, V, S, S, 3] -> float16 latents [n, V, C, h, w]."""
 
     @torch.no_grad()
     def encode(images: np.ndarray) -> np.ndarray:
-        with bench.autocast():
-            x = prior.encode(to_pixels(images.reshape(-1, *images.shape[2:]), bench.device))
+        with shop.autocast():
+            x = prior.encode(to_pixels(images.reshape(-1, *images.shape[2:]), shop.device))
         return x.half().cpu().numpy().reshape(*images.shape[:2], *x.shape[1:])
 
     return encode
 
 
-def single_pictures(bench: Bench, prior: StableDiffusionPrior) -> tuple[Float[Tensor, "N C h w"], list[Example]]:
+def single_pictures(shop: Workshop, prior: StableDiffusionPrior) -> tuple[Float[Tensor, "N C h w"], list[Example]]:
     """toybox/sd's own training latents; encoded here where the work folder has none."""
-    file = bench.work / f"latents-{SINGLES_SEED}.pt"
+    file = shop.work / f"latents-{SINGLES_SEED}.pt"
     if not file.exists():
-        encode_all(bench, prior.vae, bench.renders(SINGLES_SEED))
+        encode_all(shop, prior.vae, shop.renders(SINGLES_SEED))
     latents = torch.load(file, weights_only=True)
     return latents, [example(SINGLES_SEED, index)[0] for index in range(len(latents))]
-
-
-def rank_0_first(make: Callable):
-    """make() in the first process, then, with its files there, in the others."""
-    waits = dist.is_initialized()
-    if waits and dist.get_rank() > 0:
-        dist.barrier()
-    made = make()
-    if waits and dist.get_rank() == 0:
-        dist.barrier()
-    return made
 
 
 def save_mvdream(folder: Path, unet: nn.Module) -> None:
@@ -173,17 +161,17 @@ def save_mvdream(folder: Path, unet: nn.Module) -> None:
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def train_views(bench: Bench) -> nn.Module:
+def train_views(shop: Workshop) -> nn.Module:
     """The facts and, of kinds that show it, the azimuth; no mirrored pictures: they would be seen from elsewhere."""
-    seed = STAGES["views"][3]
-    groups = rank_0_first(lambda: Groups(bench.work, seed, GROUPS_DRAWN[seed]))
-    pairs = rank_0_first(lambda: Groups(bench.work, PAIRS_SEED, GROUPS_DRAWN[PAIRS_SEED], pairs=1.0))
+    seed = STAGES["views"].seed
+    groups = rank_0_first(lambda: Groups(shop.work, seed, GROUPS_DRAWN[seed]))
+    pairs = rank_0_first(lambda: Groups(shop.work, PAIRS_SEED, GROUPS_DRAWN[PAIRS_SEED], pairs=1.0))
     every = groups.groups + pairs.groups
     scenes = [drawn.example.scene for drawn in every]
-    facts = torch.from_numpy(np.stack([labels(scene) for scene in scenes])).to(bench.device)
-    shows = torch.tensor([shows_azimuth(scene) for scene in scenes], device=bench.device)
-    azimuths = torch.tensor([drawn.azimuth_deg for drawn in every], device=bench.device)
-    model = models.make_attributes(VIEW_GROUPS).to(bench.device, memory_format=torch.channels_last)
+    facts = torch.from_numpy(np.stack([labels(scene) for scene in scenes])).to(shop.device)
+    shows = torch.tensor([shows_azimuth(scene) for scene in scenes], device=shop.device)
+    azimuths = torch.tensor([drawn.azimuth_deg for drawn in every], device=shop.device)
+    model = models.make_attributes(VIEW_GROUPS).to(shop.device, memory_format=torch.channels_last)
     start_from_attributes(model)
 
     def loss_of(step: int, batch: int) -> Tensor:
@@ -193,9 +181,9 @@ def train_views(bench: Bench) -> nn.Module:
         order, view = rng.permutation(batch), rng.integers(VIEWS, size=batch)
         index = np.concatenate([by_chance, groups.count + paired])[order]
         images = np.concatenate([groups.take(by_chance), pairs.take(paired)])[order, view]
-        pixels = augment(wear(to_pixels(images, bench.device), rng), rng)
+        pixels = augment(wear(to_pixels(images, shop.device), rng), rng)
         pixels, stated_facts = recolour(pixels, facts[index], rng)
-        with bench.autocast():
+        with shop.autocast():
             logits = model(normalise(pixels)).logits
         stated, seen_from = logits.float().tensor_split([-len(AZIMUTHS)], 1)
         wrong = F.cross_entropy(seen_from, azimuth_target(azimuths[index, view]), reduction="none")
@@ -203,9 +191,9 @@ def train_views(bench: Bench) -> nn.Module:
         return group_loss(stated, stated_facts) + AZIMUTH_WEIGHT * azimuth
 
     def save(best) -> None:
-        models.save_attributes(train.ASSETS / "views", best)
+        models.save_attributes(shop.assets / "views", best)
 
-    return run_stage(bench, "views", model, loss_of, save, {"views": model}, average=0.995)
+    return run_stage(shop, "views", model, loss_of, save, {"views": model}, average=0.995)
 
 
 def wear(pixels: Float[Tensor, "B 3 H W"], rng: np.random.Generator) -> Float[Tensor, "B 3 H W"]:
@@ -278,9 +266,9 @@ TRAINERS = {"mvdream": train_mvdream, "views": train_views}
 
 
 def main() -> None:
-    bench = train.bench_from_command_line(__doc__, tuple(TRAINERS))
-    for stage in bench.stages:
-        TRAINERS[stage](bench)
+    shop = workshop_from_command_line(__doc__, tuple(TRAINERS))
+    for stage in shop.stages:
+        TRAINERS[stage](shop)
 
 
 if __name__ == "__main__":
