@@ -81,7 +81,7 @@ def write_table(bench, args: argparse.Namespace) -> None:
     output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     page = contact_sheet(pictures, scenes, bench.SHEET_COLUMNS, bench.SHOWN_EVERY)
     page.save(output.with_suffix(".png"), optimize=True)
-    print(table(found, bench.COLUMNS, bench.PLAIN, extra))
+    print(table(found, bench.COLUMNS, extra))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What every table is made of: the same jobs for every arm, means with intervals, paired differences.
+"""What every table is made of: rows, the same jobs for every row, means with intervals, paired differences.
 
-All arms of a job share their random numbers, so that differences are paired. Intervals are 95 % bootstraps over prompts
+All rows of a job share their random numbers, so that differences are paired. Intervals are 95 % bootstraps over prompts
 (seeds of one prompt are not independent). A job's pictures are written to a file and judged as they are there: what is
 slow to make can be judged again, by a later reward or classifier.
 """
@@ -11,8 +11,9 @@ import json
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,14 +21,18 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
-from psd.config import RunConfig
+from psd.config import RunConfig, arms_of
+from psd.contracts import Models, Prior, Stage
+from psd.distil import distil
 from psd.export import PNG_KEY, export_png, to_uint8
+from psd.models.priors import load_prior
 from psd.models.rewards import load_reward
 from psd.toybox import world
 from psd.toybox.pairs import to_pixels
 from psd.toybox.pictures import sheet
 
 PROMPT_SEED = 92  # held-out scenes of the tables; defaults were tuned on others (93)
+COST_PROMPT = "a red mushroom with a white stem"
 
 
 class Column(NamedTuple):
@@ -35,10 +40,31 @@ class Column(NamedTuple):
     digits: int
 
 
+JUDGED = {"target": Column("target reward", 2), "judge": Column("held-out judge", 2)}  # what every table measures
+
+Rows = dict[str, tuple[str, dict[str, Any]]]  # title -> a name of psd.config.ARMS, and settings beyond that arm's
 Job = tuple[world.Scene, int]  # a scene and a seed
-Pictures = dict[str, Float[Tensor, "V 3 S S"]]  # arm -> one image, or an object's views, in [0, 1]
-Values = dict[str, dict[str, list[float]]]  # arm -> column -> one value a job
-Found = dict[str, dict[str, Float[np.ndarray, "P S"]]]  # arm -> column -> value of every prompt and seed
+Pictures = dict[str, Float[Tensor, "V 3 S S"]]  # title -> one image, or an object's views, in [0, 1]
+Values = dict[str, dict[str, list[float]]]  # title -> column -> one value a job
+Found = dict[str, dict[str, Float[np.ndarray, "P S"]]]  # title -> column -> value of every prompt and seed
+
+
+def rows_of(config: RunConfig, rows: Rows) -> dict[str, RunConfig]:
+    """Title -> what is run in that row, where `config` is full PSD."""
+    arms = arms_of(replace(config, arms=", ".join(arm for arm, _ in rows.values())))
+    return {title: replace(arms[arm], arms=config.arms, **beyond) for title, (arm, beyond) in rows.items()}
+
+
+def load_models(config: RunConfig, device: str) -> Models:
+    prior = load_prior(config.prior, device)
+    return Models(prior, load_reward(config.reward, device), prior.decode)
+
+
+def run_to_end(prior: Prior, stage: Stage) -> None:
+    """All steps of all arms. Raises RuntimeError where one breaks down: its pictures are no answer of the method."""
+    for state in distil(prior, stage):
+        if state.failure:
+            raise RuntimeError(state.failure)
 
 
 def heldout_scenes(count: int, seed: int = PROMPT_SEED) -> list[world.Scene]:
@@ -134,9 +160,9 @@ def interval(values: Float[np.ndarray, "P S"], draws: int = 4000) -> tuple[float
     return float(prompts.mean()), float(low), float(high)
 
 
-def table(found: Found, columns: dict[str, Column], plain: str, extra: dict[str, dict[str, str]]) -> str:
-    """Markdown: means with intervals, paired differences to the arm `plain`, then `extra` (title -> arm -> cell)."""
-    titles = ["arm", *(column.title for column in columns.values()), *extra]
+def table(found: Found, columns: dict[str, Column], extra: dict[str, dict[str, str]]) -> str:
+    """Markdown: means with intervals, paired differences to the first row, then `extra` (column -> row -> cell)."""
+    titles, plain = ["arm", *(column.title for column in columns.values()), *extra], next(iter(found))
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for arm, values in found.items():
         cells = []

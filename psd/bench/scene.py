@@ -17,14 +17,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from psd.bench.paired import Column, Job, Pictures
+from psd.bench.paired import COST_PROMPT, JUDGED, Column, Job, Pictures, Rows, load_models, rows_of, run_to_end
 from psd.config import RunConfig
-from psd.contracts import Models
-from psd.distil import distil
 from psd.events import Preview
 from psd.models.hub import Source
-from psd.models.priors import load_prior
-from psd.models.rewards import load_reward
 from psd.modes import pictures
 from psd.modes.object import ObjectStage
 from psd.run import generate
@@ -37,38 +33,30 @@ from psd.toybox.raster import render
 
 PRESET, PROMPTS, SEEDS, BATCH = "toybox-fast", 20, 2, 1
 SHEET_COLUMNS, SHOWN_EVERY = 4, 3
-PLAIN = "without preference"
 TRUTH = "the world's own object"  # what the classifier and the rewards make of the real thing: no run can ask for more
-COLUMNS = {
-    "target": Column("target reward", 2),
-    "judge": Column("held-out judge", 2),
+COLUMNS = JUDGED | {
     "kind": Column("right kind (%)", 1),
     "kind_views": Column("views with the right kind (%)", 1),
     "facts": Column("facts right (%)", 1),
     "consistency": Column("views of one kind (%)", 1),
 }
-
-
-def rows_of(config: RunConfig) -> dict[str, RunConfig]:
-    """The table's rows: `config` is full PSD."""
-    return {
-        PLAIN: replace(config, method="sds"),
-        "delta_pref only": replace(config, negative_lr=0.0),
-        "full PSD": config,
-    }
+ROWS: Rows = {
+    "without preference": ("without", {}),
+    "delta_pref only": ("no-negative", {}),
+    "full PSD": ("with", {}),
+}
 
 
 def make(config: RunConfig, device: str, jobs: list[Job]) -> list[Pictures]:
     """The jobs one after the other, their arms in lockstep, and the world's own object from the same cameras."""
-    prior, target, made = load_prior(config.prior, device), load_reward(config.reward, device), []
+    models, made = load_models(config, device), []
     for scene, seed in jobs:
         run = replace(config, prompt=world.caption(scene), seed=seed)
-        stage = ObjectStage(run, rows_of(run), Models(prior, target, prior.decode))
-        for _ in distil(prior, stage):
-            pass
+        stage = ObjectStage(run, rows_of(run, ROWS), models)
+        run_to_end(models.prior, stage)
         seen = {name: stage.scored(name)[0] for name in stage.arms}
         cameras = pictures.around(stage.frame, pictures.SCORED_VIEWS)
-        made.append(seen | {TRUTH: true_views(scene, seed, cameras, prior.image_size).to(device)})
+        made.append(seen | {TRUTH: true_views(scene, seed, cameras, models.prior.image_size).to(device)})
     return made
 
 
@@ -110,8 +98,8 @@ class Cost(NamedTuple):
 
 def costs(config: RunConfig, device: str) -> dict[str, dict[str, str]]:
     """What each arm costs alone in a fresh process; printed: the compare run of the page."""
-    config = replace(config, prompt="a red mushroom with a white stem")
-    cost_of = {name: cost(replace(arm, arms="with"), device) for name, arm in rows_of(config).items()}
+    config = replace(config, prompt=COST_PROMPT)
+    cost_of = {name: cost(replace(arm, arms="with"), device) for name, arm in rows_of(config, ROWS).items()}
     print("compare run:", cost(replace(config, arms="with, without"), device))
     return {
         "seconds": {name: f"{each.seconds:.0f}" for name, each in cost_of.items()},
