@@ -152,7 +152,8 @@ def test_the_world_s_own_object_is_what_the_prior_s_views_look_like():
     views = scene.true_views(drawn.example.scene, 0, cameras, 128)
     assert views.shape == (4, 3, 128, 128)
     original = torch.from_numpy(draw_group(90, 0, heldout=True)).permute(0, 3, 1, 2) / 255
-    assert (views - original).abs().mean() < 0.03  # another instance of it: the same but for 4 % of its measures
+    # Another instance of it: the same but for 4 % of its measures. Seen from 10 degrees beside it would be 0.015.
+    assert (views - original).abs().mean() < 0.012
 
 
 @pytest.mark.parametrize(("platform", "peak"), [("linux", 512_000), ("darwin", 512_000_000)])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
+
 import numpy as np
 import pytest
 from numpy.random import default_rng
@@ -11,6 +14,8 @@ from psd.toybox.dataset import degrade, draw_example, example
 from psd.toybox.facts import GROUPS, check_facts, labels
 from psd.toybox.models import make_tokenizer
 from psd.toybox.pairs import smudge, wrong_scene
+from psd.toybox.views import VIEW_GROUPS
+from psd.toybox.workshop import ASSETS
 
 RED_MUSHROOM = world.Scene(world.Thing("mushroom", "red", part_colour="white"))
 PAIR = world.Scene(world.Thing("cube", "green"), "next", world.Thing("sphere", "orange"))
@@ -46,18 +51,23 @@ def test_first_hit_is_where_a_marched_ray_enters(shape: str, param: float):
     directions = (np.stack([x, y, -np.ones_like(x)], -1).reshape(-1, 3) @ pose[:3, :3].T).astype(np.float32)
     t, normal = raster._intersect(primitive, pose[:3, 3], directions)
 
+    def holds(points: np.ndarray) -> np.ndarray:
+        unit = (points - primitive.centre) @ np.linalg.inv(primitive.matrix).T
+        return inside(primitive, unit.reshape(-1, 3)).reshape(unit.shape[:-1])
+
     steps = np.linspace(1.0, 3.0, 2001)
-    points = pose[:3, 3] + steps[:, None, None] * directions
-    unit = (points - primitive.centre) @ np.linalg.inv(primitive.matrix).T
-    hits = inside(primitive, unit.reshape(-1, 3)).reshape(unit.shape[:2])
-    marched = np.where(hits.any(0), steps[hits.argmax(0)], np.inf)
-    found = np.where(t < raster.FAR, t, np.inf)
-    grazing = hits.sum(0) < 20  # a ray that only touches may fall between two steps
-    agree = np.isclose(found, marched, atol=1e-2) | grazing  # sphere tracing stops 2e-3 short, more where oblique
-    assert agree.all()
-    assert hits.any(0).sum() > 50
-    seen = found < np.inf
-    assert ((normal[seen] * directions[seen]).sum(1) < 0.05).all()  # normals face the camera
+    hits = holds(pose[:3, 3] + steps[:, None, None] * directions)
+    seen = t < raster.FAR
+    assert (seen != hits.any(0)).mean() < 0.01  # sphere tracing stops 2e-3 short, and may stop beside the torus
+    sure = hits.sum(0) >= 20  # a ray that only touches may fall between two steps
+    assert sure.sum() > 50
+    np.testing.assert_allclose(t[sure], steps[hits.argmax(0)][sure], rtol=0, atol=1e-2)  # more than 2e-3 where oblique
+
+    normal, directions = normal[seen], directions[seen]
+    assert ((normal * directions).sum(1) < 0.05).all()  # normals face the camera
+    surface = pose[:3, 3] + t[seen, None] * directions
+    assert not holds(surface + 0.01 * normal).any()
+    assert holds(surface - 0.01 * normal).mean() > 0.95  # but where two faces meet
 
 
 def test_camera_is_where_it_says():
@@ -78,19 +88,35 @@ def test_every_kind_fits_the_frame_in_its_colour(kind: str):
     assert green.mean() > 0.008
 
 
-def test_the_world_is_as_rich_as_it_says():
-    assert len(kinds.KINDS) >= 48
-    assert len(world.COLOURS) == 12
-    assert sum(bool(kind.part) for kind in kinds.KINDS.values()) >= 40
+def test_the_committed_models_were_trained_on_this_world():
+    """A kind, colour or word more, or another order, and their answers are read wrongly."""
+    for folder, groups in {"attributes": GROUPS, "views": VIEW_GROUPS}.items():
+        config = json.loads((ASSETS / folder / "config.json").read_text())
+        assert config["groups"] == [[group, list(values)] for group, values in groups.items()]
+    assert json.loads((ASSETS / "sd" / "lexicon.json").read_text()) == {"words": world.lexicon()}
+    assert (len(kinds.KINDS), len(world.COLOURS)) == (54, 12)
 
 
-def test_views_of_a_surface_agree():
-    """Shading depends on the surface alone: the same point has the same colour from two cameras."""
-    surface = raster.Surface(kinds.normalised("sphere")[0], np.array([0.8, 0.2, 0.2], np.float32), metal=True)
-    normal = np.array([[0.6, 0.0, 0.8]], np.float32)
-    assert np.array_equal(raster._shade(normal, 0.5 * normal, surface), raster._shade(normal, 0.5 * normal, surface))
-    left, right = (raster.render([surface], raster.camera_to_world(a, 15, 2), 64) for a in (40, 50))
-    assert np.abs(left[10:54, 32].mean(0) - right[10:54, 32].mean(0)).max() < 12
+@pytest.mark.parametrize("metal", [False, True])
+def test_views_of_a_surface_agree(metal: bool):
+    """A point of it has one colour, whichever camera sees it, as a radiance field needs."""
+    ball, size, fovy_deg = raster.Primitive("sphere", 0.4 * np.eye(3), np.zeros(3), "main"), 256, 40.0
+    surface = raster.Surface(ball, np.array([0.8, 0.2, 0.2], np.float32), metal)
+    azimuth, elevation = np.deg2rad(np.meshgrid(np.arange(20, 71, 5), np.arange(0, 46, 5))).reshape(2, -1)
+    points = 0.4 * np.stack(
+        [np.cos(azimuth) * np.cos(elevation), np.sin(azimuth) * np.cos(elevation), np.sin(elevation)], 1
+    )
+
+    def colours(azimuth_deg: float) -> np.ndarray:
+        pose = raster.camera_to_world(azimuth_deg, 20, 2)
+        x, y, z = ((points - pose[:3, 3]) @ pose[:3, :3]).T
+        focal = 0.5 * size / np.tan(np.deg2rad(fovy_deg / 2))
+        row, column = (size / 2 + focal * np.stack([y, -x]) / z).astype(int)
+        return raster.render([surface], pose, size, fovy_deg)[row, column].astype(int)
+
+    left, right = colours(30), colours(60)
+    assert left.std(0).max() > 15  # light and shadow
+    assert np.abs(left - right).mean() < 1.5
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
@@ -102,8 +128,11 @@ def test_training_never_shows_a_held_out_combination(seed: int):
 
 
 def test_one_colour_of_every_kind_is_held_out():
-    for kind in kinds.KINDS:
-        assert sum(world.is_heldout(kind, colour) for colour in world.COLOURS) == 1
+    """And no colour is unknown: each is held out of some kinds only."""
+    heldout = {kind: [colour for colour in world.COLOURS if world.is_heldout(kind, colour)] for kind in kinds.KINDS}
+    assert all(len(colours) == 1 for colours in heldout.values())
+    missed = Counter(colour for (colour,) in heldout.values())
+    assert set(missed) == set(world.COLOURS) and max(missed.values()) <= 5
 
 
 def test_an_example_is_a_pure_function_of_seed_and_index():
@@ -175,5 +204,7 @@ def test_flaws_show(quality: str):
 
 
 def test_smudges_show():
+    """A patch may be copied to where it changes little: one is not always enough."""
     image = world.draw(RED_MUSHROOM)
-    assert (smudge(image, default_rng(0)) != image).any(-1).mean() >= 0.03
+    for seed in range(20):
+        assert (smudge(image, default_rng(seed)) != image).any(-1).mean() >= 0.03
