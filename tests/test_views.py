@@ -19,7 +19,8 @@ from psd.toybox import evaluate_mvdream, raster, train_mvdream, views, workshop,
 from psd.toybox.classifier import AttributeClassifier, load_attributes
 from psd.toybox.dataset import example
 from psd.toybox.facts import GROUPS, labels
-from psd.toybox.models import make_scheduler
+from psd.toybox.models import make_attributes, make_scheduler
+from psd.toybox.pairs import normalise, to_pixels
 from psd.toybox.workshop import Recipe, Workshop
 from tests.test_priors import make_prior_folder
 
@@ -234,11 +235,43 @@ def test_training_goes_on_exactly_where_it_was_cut_off(small_stages, monkeypatch
 
 
 def test_the_classifier_of_views_trains_and_loads_as_one_of_attributes(small_stages, tmp_path):
-    train_mvdream.train_views(shop(tmp_path))
+    trained = train_mvdream.train_views(shop(tmp_path))
     classifier = load_attributes(source=Source(str(small_stages / "views")))
     assert classifier.groups == views.VIEW_GROUPS
-    measured = evaluate_mvdream.real_views(classifier, views.Groups(tmp_path, 5, 4))
-    assert 0 <= measured["views, kind right (%)"] <= 100
+    pixels = to_pixels(views.Groups(tmp_path, 5, 4).take(np.arange(4))[:, 0], torch.device("cpu"))
+    with torch.no_grad():
+        logits = trained(normalise(pixels)).logits.split([len(values) for values in views.VIEW_GROUPS.values()], 1)
+        for said, own in zip(classifier(pixels).values(), logits, strict=True):
+            torch.testing.assert_close(said, own.log_softmax(1), rtol=0, atol=5e-2)  # kept in half precision
+
+
+def test_the_classifier_of_views_starts_from_that_of_attributes():
+    model = make_attributes(views.VIEW_GROUPS).eval()
+    images, drawn = torch.rand(2, 3, 128, 128), model.classifier[-1].weight.clone()
+    train_mvdream.start_from_attributes(model)
+    with torch.no_grad():
+        facts, azimuth = model(images).logits.tensor_split([-len(views.AZIMUTHS)], 1)
+        torch.testing.assert_close(facts, load_attributes().model(images).logits)
+    assert torch.equal(model.classifier[-1].weight[-len(views.AZIMUTHS) :], drawn[-len(views.AZIMUTHS) :])
+    assert azimuth.std() > 0
+
+
+def test_the_learning_rate_by_hand():
+    """Of a long stage the warm-up is 200 steps, of a short one a tenth."""
+    assert [workshop.learning_rate(2.0, step, 10_000) for step in (0, 5000, 9999)] == pytest.approx([0.01, 1.0, 0.02])
+    assert workshop.learning_rate(2.0, 99, 10_000) == pytest.approx(1.0, rel=1e-3)
+    assert [workshop.learning_rate(2.0, step, 100) for step in (0, 4, 50)] == pytest.approx([0.2, 1.0, 1.0], rel=5e-3)
+
+
+def test_gradients_are_the_mean_over_the_processes(monkeypatch):
+    """Of the parameters that have one, in their order; the other process's are 3, 4, 5."""
+    module = torch.nn.ModuleList([torch.nn.Linear(2, 1), torch.nn.Linear(4, 4)])
+    module[0].weight.grad, module[0].bias.grad = torch.tensor([[1.0, 2.0]]), torch.tensor([3.0])
+    monkeypatch.setattr(workshop, "place", lambda: (0, 2))
+    monkeypatch.setattr(workshop.dist, "all_reduce", lambda flat: flat.add_(torch.tensor([3.0, 4.0, 5.0])))
+    workshop.average_gradients(module)
+    assert (module[0].weight.grad.tolist(), module[0].bias.grad.tolist()) == ([[2.0, 3.0]], [4.0])
+    assert module[1].weight.grad is None
 
 
 def test_recoloured_pictures_are_asked_for_the_colours_they_show():
@@ -311,6 +344,17 @@ def test_right_views_measure_as_right():
     assert measured["views, every fact right (%)"] == measured["groups, one kind (%)"] == 100
     assert measured["azimuth, steps within 30 deg (%)"] == 100
     assert measured["azimuth, median error (deg)"] < 0.1
+
+
+def test_real_views_are_read_beside_their_own_scenes_and_angles(monkeypatch, tmp_path):
+    monkeypatch.setattr(views, "CHUNK", 8)
+    renders = views.Groups(tmp_path, 90, 8, heldout=True)
+    scenes, angles = [g.example.scene for g in renders.groups], torch.tensor([g.azimuth_deg for g in renders.groups])
+    right = evaluate_mvdream.real_views(TellsTheTruth(scenes, angles), renders)
+    assert right["views, every fact right (%)"] == right["groups, one kind (%)"] == 100
+    assert right["azimuth, median error (deg)"] < 0.1
+    wrong = evaluate_mvdream.real_views(TellsTheTruth(scenes[::-1], angles + 40), renders)
+    assert wrong["views, every fact right (%)"] < 50 and abs(wrong["azimuth, median error (deg)"] - 40) < 0.1
 
 
 def test_four_times_the_same_view_measures_as_no_step():
