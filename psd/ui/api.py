@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import numpy as np
 import spaces
 import torch
 
@@ -21,26 +22,28 @@ from psd.config import FIELDS
 from psd.errors import RequestError
 from psd.models.needs import check_downloads
 from psd.models.rewards import load_reward
+from psd.record import read
 from psd.safety import check_image, check_text
-from psd.ui.form import ALLOW_DOWNLOAD_HELP, NAMES, checked, help_line
-from psd.ui.session import View, clear_errors, embedded_rewards, gpu_seconds, load_result, watch
+from psd.ui import files
+from psd.ui.estimate import check_work, gpu_seconds
+from psd.ui.examples import EXAMPLES
+from psd.ui.form import ALLOW_DOWNLOAD_HELP, NAMES, checked, help_line, named
+from psd.ui.watch import View, clear_errors, embedded_rewards, watch
 
 # The only parameters with a default of their own; all others default to the preset's value.
 API_DEFAULTS = {name: FIELDS[name].default for name in ("prompt", "preset", "seed", "arms")}
 OUTPUT_HELP = """
 Returns:
-    preview: latest preview, the arms tiled left to right.
-    status: step, steps, seconds, ETA, warnings, metrics of the step, and the download if there is one before the
-        first step; finished is true in the last item.
-    with_preference: the first arm (last item only).
-    without_preference: the same seed without it, where arms names it (last item only).
-    scores: raw scores of both arms; the target reward, a mixture's members, the held-out judges (last item only).
-    files: both arms' PNG with all settings in their metadata, metrics.csv, run.json (last item only).
+    preview: latest preview, the arms side by side in their order.
+    status: step, steps, seconds, ETA, seed, warnings, metrics of the step, whether it waits for another run, and the
+        download if there is one before the first step. In the last item finished is true, stopped says why the run
+        ended early ("" if it did not), failed whether it broke down, remarks what could not be made, config all
+        settings.
+    arms: of each arm, in their order, its raw scores (the target reward, a mixture's members, the held-out judges), the
+        names of its files by kind (picture; of an object also glb, views, turntable, ply, obj), and remarks on them
+        (last item only).
+    files: every file of the run, among them metrics.csv and run.json (last item only).
 """
-
-
-def named(values: Sequence[Any]) -> dict[str, Any]:
-    return dict(zip(NAMES, values, strict=True))
 
 
 def duration(*values: Any) -> int:
@@ -58,7 +61,9 @@ def validate(*values: Any) -> list[dict[str, Any]]:
     names = (*NAMES, "allow_download")
     blamed, sentence = "", ""
     try:
-        check_downloads(checked(named(settings)), allow_download)
+        config = checked(named(settings))
+        check_downloads(config, allow_download)
+        check_work(config)
     except RequestError as error:
         sentence, blamed = str(error), error.field if error.field in names else "prompt"
     return [gr.validate(name != blamed, sentence if name == blamed else "") for name in names]
@@ -73,7 +78,7 @@ def generate(*values: Any) -> Iterator[tuple]:
 
 
 def answer(view: View) -> tuple:
-    """One item of the stream: (preview, status, with, without, scores, files)."""
+    """One item of the stream: (preview, status, arms, files)."""
     step = view.step
     status = {
         "step": step.step if step else 0,
@@ -83,22 +88,32 @@ def answer(view: View) -> tuple:
         "seed": view.config.seed,
         "warnings": list(view.warnings),
         "metrics": finite(step.metrics) if step else {},
+        "waiting": view.waiting,
         "finished": view.finished,
     }
     if view.download and view.directory is None:
         status["download"] = dataclasses.asdict(view.download)
     preview = str(view.preview) if view.preview else None
     if not view.finished:
-        return preview, status, None, None, None, None
-    result = load_result(view.directory)
-    status |= {"stopped": result.stopped, "config": view.config.to_dict()}
-    images = [str(result.images[arm]) if arm in result.images else None for arm in ("with", "without")]
-    return preview, status, *images, result.scores, [str(path) for path in result.files]
+        return preview, status, None, None
+    result = read(view.directory)
+    status |= {
+        "stopped": result.stopped, "failed": result.failed, "remarks": list(result.remarks),
+        "config": view.config.to_dict(),
+    }  # fmt: skip
+    arms = {
+        name: {
+            "scores": finite(arm.scores), "files": {kind: path.name for kind, path in arm.files.items()},
+            "remarks": arm.remarks,
+        }
+        for name, arm in result.arms.items()
+    }  # fmt: skip
+    return preview, status, arms, [str(path) for path in result.files]
 
 
-def finite(metrics: dict[str, float]) -> dict[str, float]:
+def finite(numbers: Mapping[str, float]) -> dict[str, float]:
     """JSON has no NaN."""
-    return {name: value for name, value in metrics.items() if np.isfinite(value)}
+    return {name: value for name, value in numbers.items() if math.isfinite(value)}
 
 
 def document(function: Any) -> None:
@@ -118,7 +133,7 @@ def document(function: Any) -> None:
     function.__signature__ = inspect.Signature(parameters)
     function.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     function.__doc__ = (
-        "Draw a prompt by preference score distillation, with and without preference guidance from the same seed.\n\n"
+        "Draw a prompt by preference score distillation; every arm on the same seed and the same noises.\n\n"
         "Streams previews and numbers, then everything at once. A parameter left out takes the preset's value.\n\n"
         "Parameters:\n" + "\n".join(lines) + "\n" + OUTPUT_HELP
     )
@@ -145,13 +160,25 @@ def scores(image: str | None, prompt: str = "") -> dict[str, float]:
         if not isinstance(prompt, str) or not prompt.strip():
             raise RequestError('prompt is empty: say what the picture should show, for example "a red mushroom".')
         check_text("prompt", prompt)
-        pixels = torch.from_numpy(check_image(image)).permute(2, 0, 1)[None]
+        pixels = torch.from_numpy(check_image(uploaded(image))).permute(2, 0, 1)[None]
         device = "cuda" if torch.cuda.is_available() else "cpu"
         with torch.no_grad():
             return {
                 name: round(float(load_reward(name, device)(pixels.to(device), [prompt])[0]), 4)
                 for name in embedded_rewards()
             }
+
+
+def uploaded(image: str) -> Path:
+    """The path of an upload or of a shipped example. Raises RequestError on every other one, whether it exists or not:
+    a request can name any file of this machine."""
+    try:
+        path = Path(image).resolve()
+        if any(path.is_relative_to(root.resolve()) for root in (files.cache_root(), EXAMPLES)):
+            return path
+    except (OSError, ValueError, TypeError):
+        pass
+    raise RequestError("image must be an upload: send a PNG, JPEG or WebP picture.")
 
 
 def picture(**options: Any) -> gr.Image:
@@ -170,9 +197,7 @@ def bind() -> None:
     outputs = [
         gr.Image(label="preview", visible=False, type="filepath"),
         gr.JSON(label="status", visible=False),
-        gr.Image(label="with_preference", visible=False, type="filepath"),
-        gr.Image(label="without_preference", visible=False, type="filepath"),
-        gr.JSON(label="scores", visible=False),
+        gr.JSON(label="arms", visible=False),
         gr.File(label="files", visible=False, file_count="multiple"),
     ]
     # preprocess=False: a value of the wrong type reaches check_request, which names it in a sentence.

@@ -1,21 +1,30 @@
 """Where the app's runs are written, and how many are kept. Knows nothing of gradio or models.
 
-Gradio serves only its own cache folder, so runs live inside it: one folder a run, named by a random id.
+Gradio serves only its own cache folder, so runs live inside it: one folder a run, named by a random id. Others rename
+and remove what lies here at any moment: whatever has vanished is passed over.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
+import re
 import shutil
 import tempfile
 import time
 from pathlib import Path
 
+from psd.errors import RequestError
+
 MAX_RUNS = 64
 MAX_BYTES = 1_000_000_000
 MAX_UPLOADS = 256
+MAX_UPLOADED_BYTES = 500_000_000
+MAX_STOPS = 256
 # Younger entries may belong to a run or an upload still in progress.
 MIN_AGE_S = 900.0
+TOKEN = re.compile(r"[0-9a-f]{8,64}")
 
 
 def cache_root() -> Path:
@@ -24,20 +33,54 @@ def cache_root() -> Path:
 
 
 def output_root() -> Path:
-    """Folder of the app's run folders; created, and pruned to the newest runs."""
-    root = cache_root() / "psd-runs"
-    root.mkdir(parents=True, exist_ok=True)
+    """Folder of the app's run folders; created, and pruned to the newest runs. Raises RequestError."""
+    root = made("psd-runs")
     prune(root)
-    # A shared default cache may hold other apps' files: only a folder that was given to this one is tidied.
-    if os.environ.get("GRADIO_TEMP_DIR"):
-        prune(cache_root(), max_entries=MAX_UPLOADS, keep=(root,))
+    prune_uploads()
     return root
+
+
+def prune_uploads() -> None:
+    """Keep the newest uploads alone. A shared default cache may hold other apps' files: only a folder that was given
+    to this one is tidied."""
+    if os.environ.get("GRADIO_TEMP_DIR"):
+        own = (cache_root() / "psd-runs", cache_root() / "psd-stops")
+        prune(cache_root(), MAX_UPLOADS, MAX_UPLOADED_BYTES, keep=own)
+
+
+def ask_to_stop(token: str) -> None:
+    """Leave a mark for the run of this token, which may go on in another process. Of anything else: nothing."""
+    if TOKEN.fullmatch(token or ""):
+        root = made("psd-stops")
+        prune(root, MAX_STOPS, min_age_s=0.0)
+        (root / token).touch()
+
+
+def is_asked_to_stop(token: str) -> bool:
+    return bool(TOKEN.fullmatch(token or "")) and (cache_root() / "psd-stops" / token).exists()
+
+
+def forget_stop(token: str) -> None:
+    if TOKEN.fullmatch(token or ""):
+        with contextlib.suppress(OSError):
+            (cache_root() / "psd-stops" / token).unlink()
+
+
+def made(name: str) -> Path:
+    """A folder of the cache. Raises RequestError."""
+    folder = cache_root() / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = (error.strerror or "no reason is given").lower()
+        raise RequestError(f"The server cannot store results: {reason}; tell whoever runs it.") from error
+    return folder
 
 
 def prune(
     root: Path,
-    max_entries: int = MAX_RUNS,
-    max_bytes: int = MAX_BYTES,
+    max_entries: float = MAX_RUNS,
+    max_bytes: float = MAX_BYTES,
     min_age_s: float = MIN_AGE_S,
     keep: tuple[Path, ...] = (),
 ) -> None:
@@ -45,21 +88,43 @@ def prune(
 
     Entries younger than min_age_s seconds and those in `keep` are never removed.
     """
-    entries = [(entry.stat().st_mtime, entry) for entry in root.iterdir() if entry not in keep]
+    try:
+        entries = [(modified_s(entry), entry) for entry in root.iterdir() if entry not in keep]
+    except OSError:
+        return
     total_bytes = 0
     for rank, (modified, entry) in enumerate(sorted(entries, reverse=True)):
-        size = _bytes(entry)
+        size = size_bytes(entry)
         total_bytes += size
-        surplus = rank >= max_entries or total_bytes > max_bytes or (entry.is_dir() and size == 0)
-        if not surplus or time.time() - modified < min_age_s:
-            continue
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry, ignore_errors=True)
-        else:
-            entry.unlink(missing_ok=True)
+        surplus = rank >= max_entries or total_bytes > max_bytes or (size == 0 and entry.is_dir())
+        if surplus and time.time() - modified >= min_age_s:
+            remove(entry)
 
 
-def _bytes(path: Path) -> int:
-    if not path.is_dir():
-        return path.stat().st_size
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+def remove(entry: Path) -> None:
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            entry.unlink()
+
+
+def modified_s(path: Path) -> float:
+    """When it changed; of what has vanished, in the far future: it is nobody's to remove."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return math.inf
+
+
+def size_bytes(path: Path) -> int:
+    """Of a file, or of all files in a folder and below; what has vanished has none."""
+    total = 0
+    with contextlib.suppress(OSError):
+        if not path.is_dir():
+            return path.stat().st_size
+        for folder, _, names in os.walk(path):
+            for name in names:
+                with contextlib.suppress(OSError):
+                    total += os.stat(os.path.join(folder, name)).st_size
+    return total
