@@ -2,7 +2,7 @@
 
     examples/prompts.json                [{"title": str, "config": {RunConfig fields that differ from the preset}}]
     examples/index.json                  [{"slug": str, "title": str}]   absent until the results are generated
-    examples/<slug>/with.png, without.png, metrics.csv, run.json         a run's folder as `generate` writes it
+    examples/<slug>/                     a run's folder: psd.record reads it
     examples/api_python.py, api_javascript.mjs, api_curl.sh
 
 Only reads; `psd.run` knows how to make a result.
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from psd.config import RunConfig
+from psd.record import read
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SLUG = re.compile(r"[a-z0-9][a-z0-9-]*")
@@ -30,8 +31,9 @@ class Example:
     directory: Path
 
     @property
-    def thumbnail(self) -> Path:
-        return self.directory / "with.png"
+    def thumbnail(self) -> Path | None:
+        """Its first arm's picture."""
+        return next((arm.picture for arm in read(self.directory).arms.values() if arm.picture), None)
 
 
 def load_prompts(root: Path = EXAMPLES) -> list[dict[str, Any]]:
@@ -47,7 +49,7 @@ def load_examples(root: Path = EXAMPLES) -> list[Example]:
         return []
     entries = json.loads(index.read_text(encoding="utf-8"))
     found = [Example(entry["title"], root / entry["slug"]) for entry in entries if SLUG.fullmatch(entry["slug"])]
-    return [example for example in found if example.thumbnail.exists()]
+    return [example for example in found if example.thumbnail]
 
 
 def recipe(name: str, root: Path = EXAMPLES) -> str:

@@ -7,22 +7,19 @@ Controls, presets, share links and dropped files all speak `RunConfig.to_dict()`
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from html import escape
 from typing import Any
 
 import gradio as gr
-from PIL import Image
 
-from psd.config import FIELDS, MAX_PROMPT_CHARS, PRESETS, RunConfig, Setting, todays
+from psd.config import ARMS, FIELDS, MAX_PROMPT_CHARS, PRESETS, RunConfig, Setting, arm_names, todays
 from psd.errors import RequestError, shown
 from psd.models.hub import is_cached, is_hub_id
 from psd.models.needs import models_of
 from psd.models.priors.table import PRIORS, DecoderInfo, PriorInfo, gpu_memory
 from psd.models.rewards.table import REWARDS, RewardInfo, reward_terms
 from psd.safety import check_name, check_request
-from psd.scene.files import read_glb_extras
 
 NAMES = tuple(FIELDS)
 GROUPS = {
@@ -39,7 +36,6 @@ SLIDER_STEPS = {
 }  # fmt: skip
 # A preset says how to draw; these say what, and stay as they are when another preset is chosen.
 KEPT_BY_PRESETS = ("prompt", "seed", "arms")
-MAX_SETTINGS_BYTES = 1_000_000
 TRUTH = {"true": True, "false": False}  # what a link may say
 # No setting: it changes no result, and a link or a preset must not carry somebody's consent.
 ALLOW_DOWNLOAD_HELP = "Fetch models that are not on the server yet; whoever sets it accepts their licences."
@@ -50,8 +46,38 @@ def help_line(name: str) -> str:
     return "Diffusion model." if name == "prior" else FIELDS[name].help
 
 
+def named(values: Sequence[Any]) -> dict[str, Any]:
+    """Values of all controls by the names of their fields."""
+    return dict(zip(NAMES, values, strict=True))
+
+
+def arm_label(arm: str) -> str:
+    """An arm's name as the page writes it, everywhere the same; not escaped."""
+    return "with preference" if arm == "with" else arm.replace("-", " ")
+
+
+def arms_control() -> gr.CheckboxGroup:
+    """Boxes to tick, whose value is the text of `arms` to all of Python: "with, without".
+
+    The methods are replaced, not overridden: gradio writes a .pyi file beside every subclass of a component. An update
+    of more than the value would make gradio build a new component, without them.
+    """
+    field = FIELDS["arms"]
+    boxes = gr.CheckboxGroup(
+        [(arm_label(arm), arm) for arm in ARMS], value=arm_names(field.default), label=field.label, info=field.help,
+        elem_id="arms",
+    )  # fmt: skip
+    boxes.preprocess = lambda ticked: (
+        ", ".join(arm for arm in ARMS if arm in ticked) if isinstance(ticked, list) else ticked
+    )
+    boxes.postprocess = lambda arms: arm_names(arms or "")
+    return boxes
+
+
 def control(name: str) -> gr.components.Component:
     """The field's control: choices become radios, wide numbers a slider, the rest a number or a box."""
+    if name == "arms":
+        return arms_control()
     field = FIELDS[name]
     common = {"label": field.label, "value": field.default, "info": field.help, "elem_id": name}
     low, high = field.low, field.high
@@ -96,13 +122,18 @@ def fill(settings: Mapping[str, Any]) -> list[Any]:
 
 
 def fill_preset(preset: str) -> list[Any]:
-    """Values for all controls when a preset is chosen. Raises gr.Error on an unknown one."""
-    try:
-        check_name("preset", preset, PRESETS)
-    except RequestError as error:
-        raise gr.Error(str(error), print_exception=False) from error
+    """Values for all controls when a preset is chosen. Raises RequestError on an unknown one."""
+    check_name("preset", preset, PRESETS)
     settings = RunConfig.from_preset(preset).to_dict()
     return fill({name: value for name, value in settings.items() if name not in KEPT_BY_PRESETS})
+
+
+def fill_again(settings: Mapping[str, Any]) -> list[Any]:
+    """Values for all controls from a run of whatever version; what this one refuses leaves the form as it is."""
+    try:
+        return fill(checked(settings).to_dict())
+    except RequestError:
+        return fill({})
 
 
 def settings_of_query(query: Mapping[str, str]) -> dict[str, Any]:
@@ -120,53 +151,6 @@ def settings_of_query(query: Mapping[str, str]) -> dict[str, Any]:
     return checked(given).to_dict() if given else {}
 
 
-def settings_of_file(path: str | Path) -> dict[str, Any]:
-    """The settings inside a result: the PNG's text chunk "psd", the GLB's extras or run.json's "config".
-
-    Raises RequestError.
-    """
-    path = Path(path)
-    try:
-        if path.suffix.lower() == ".glb":
-            text = json.dumps(read_glb_extras(path))
-        elif path.suffix.lower() == ".png":
-            with Image.open(path, formats=["PNG"]) as image:
-                # Chunks before the pixels are read with the header: the image itself is never decoded.
-                text = image.info.get("psd", "")
-        elif path.stat().st_size <= MAX_SETTINGS_BYTES:
-            text = path.read_text(encoding="utf-8")
-        else:
-            text = ""
-        found = json.loads(text)
-    except (OSError, ValueError, SyntaxError, RecursionError):
-        found = None
-    if isinstance(found, dict):
-        found = found.get("config", found)
-    if not isinstance(found, dict) or not isinstance(found.get("prompt"), str):
-        raise RequestError("This file carries no settings: drop a result PNG, GLB or run.json that this app wrote.")
-    return checked(found).to_dict()
-
-
-def copy_link_js() -> str:
-    """Client-side function of all controls: writes the share link to the clipboard and returns it.
-
-    Only what differs from the preset goes into the link, so it stays short and survives a restart of the server.
-    """
-    presets = {name: RunConfig.from_preset(name).to_dict() for name in PRESETS}
-    return (
-        "(...values) => {"
-        f"const names = {json.dumps(NAMES)}, presets = {json.dumps(presets)};"
-        "const base = presets[values[names.indexOf('preset')]] ?? {}, query = new URLSearchParams();"
-        "names.forEach((name, i) => {"
-        "  const always = ['prompt', 'preset', 'seed'].includes(name), value = values[i];"
-        "  if (value !== null && (always || value !== base[name])) query.set(name, value);"
-        "});"
-        "const link = window.location.origin + window.location.pathname + '?' + query;"
-        "navigator.clipboard?.writeText(link).catch(() => {});"
-        "return link; }"
-    )
-
-
 def known_models(prior: str, reward: str, fast_decoder: bool) -> dict[str, PriorInfo | DecoderInfo | RewardInfo]:
     """The chosen models by name: of a mixture its members, none while it is still being typed."""
     models: dict[str, PriorInfo | DecoderInfo | RewardInfo] = {}
@@ -178,8 +162,8 @@ def known_models(prior: str, reward: str, fast_decoder: bool) -> dict[str, Prior
 
 
 def model_note(prior: str, reward: str, fast_decoder: bool = False) -> str:
-    """What the chosen models are, their licence, download and memory, to be read before anything is downloaded."""
-    notes = []
+    """HTML: what the chosen models are, licence, download and memory, to be read before anything is downloaded."""
+    notes = ""
     for name, info in known_models(prior, reward, fast_decoder).items():
         if all(source.is_folder for source in info.sources):
             size = "included"
@@ -187,8 +171,9 @@ def model_note(prior: str, reward: str, fast_decoder: bool = False) -> str:
             size = "downloaded"
         else:
             size = f"{info.download_mb} MB to download" if info.download_mb else "to be downloaded"
-        notes.append(f"**{name}** · {info.about} Licence: {info.licence}; {size}{gpu_memory(info)}.")
-    return "\n\n".join(notes)
+        about = f"{info.about} Licence: {info.licence}; {size}{gpu_memory(info)}."
+        notes += f"<p><b>{escape(name)}</b> · {escape(about)}</p>"
+    return notes and f'<div class="psd-note">{notes}</div>'
 
 
 def download_box(prior: str, reward: str, fast_decoder: bool = False) -> dict[str, Any]:
@@ -202,5 +187,5 @@ def download_box(prior: str, reward: str, fast_decoder: bool = False) -> dict[st
         value=False,
         visible=bool(missing),
         label=f"Download {f'{sum(sizes)} MB ' if any(sizes) else ''}{more}first, once",
-        info=f"I accept the licences. {licences}.",
+        info=f"I accept the licences. {escape(licences)}.",  # gradio shows it as HTML
     )

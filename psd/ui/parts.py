@@ -1,4 +1,7 @@
-"""The page's own HTML: header, status line, charts, score table, parameter table. Pure strings; styled by style.css."""
+"""The page's own HTML: header, status, charts, pictures, scores, downloads, parameters. Pure strings, escaped here.
+
+Styled by style.css; `s-ARM` is the class of an arm's colour.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,18 @@ import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
+from urllib.parse import quote
 
 from psd.config import FIELDS, PRESETS, RunConfig, arm_names
 from psd.errors import RequestError
+from psd.events import ArmResult
 from psd.models.priors.table import PRIORS
 from psd.models.rewards.table import REWARDS, reward_terms
-from psd.ui.form import ALLOW_DOWNLOAD_HELP, help_line
+from psd.record import Result
+from psd.ui.form import ALLOW_DOWNLOAD_HELP, arm_label, help_line
 from psd.ui.plots import Series, line_chart
-from psd.ui.session import View
+from psd.ui.watch import View
 
 PAPER = "https://arxiv.org/abs/2603.01594"
 
@@ -32,6 +39,8 @@ real improvement from reward hacking.
 
 TARGET_TAG = '<span class="psd-tag target">target</span>'
 MEMBER_TAG = '<span class="psd-tag target">part of the target</span>'
+BASELINE = "without"  # changes are told against this arm where it ran, else against the last one
+FILES = {"picture": "PNG", "glb": "GLB", "ply": "PLY", "obj": "OBJ", "turntable": "MP4", "views": "Views"}
 HELD_OUT_TAG = '<span class="psd-tag">held-out: reward-hacking check</span>'
 
 
@@ -46,6 +55,8 @@ def status(text: str, share: float = 0.0, kind: str = "busy") -> str:
 
 
 def run_status(view: View) -> str:
+    if view.waiting:
+        return status("<b>Waiting for the device</b><span>another run is using it</span>")
     if view.download and view.directory is None:
         got = view.download
         return status(
@@ -63,15 +74,23 @@ def run_status(view: View) -> str:
     )
 
 
-def end_status(
-    headline: str, config: Mapping, elapsed_s: float, warnings: Sequence[str] = (), share: float = 1.0
-) -> str:
-    parts = [f"<b>{escape(headline)}</b>"]
-    if math.isfinite(elapsed_s):
-        parts.append(f"<span>{seconds(elapsed_s)}</span>")
-    if "seed" in config:
-        parts.append(f"<span>seed {int(config['seed'])}</span>")
-    return status("".join(parts) + notes(warnings), share, "done" if share == 1.0 else "stopped")
+def end_status(result: Result, warnings: Sequence[str] = ()) -> str:
+    """How a run ended, by its manifest, and every remark on it."""
+    steps = result.settings.get("steps") or result.steps_done
+    if result.failed:
+        headline = "Broke down: the partial result is kept"
+    elif result.stopped:
+        headline = "Stopped: the partial result is kept" if result.steps_done else "Stopped before the first step"
+    else:
+        headline = "Done"
+    parts = [f"<b>{headline}</b>"]
+    if math.isfinite(result.seconds):
+        parts.append(f"<span>{seconds(result.seconds)}</span>")
+    if "seed" in result.settings:
+        parts.append(f"<span>seed {escape(str(result.settings['seed']))}</span>")
+    share = result.steps_done / max(steps, 1) if result.stopped else 1.0
+    remarks = [*warnings, *([result.stopped] if result.stopped else []), *result.remarks]
+    return status("".join(parts) + notes(remarks), share, "stopped" if result.stopped else "done")
 
 
 def notes(warnings: Sequence[str]) -> str:
@@ -84,8 +103,8 @@ def seconds(value: float) -> str:
     return f"{value:.1f} s" if value < 10 else f"{value:.0f} s" if value < 90 else f"{value / 60:.1f} min"
 
 
-def charts(rows: Sequence[Mapping[str, float]], last_step: int, reward: str) -> str:
-    """Reward with and without, and the norms of the three terms; empty before the first step."""
+def charts(rows: Sequence[Mapping[str, float]], last_step: int, reward: str, arms: Sequence[str]) -> str:
+    """The reward of every arm, and the norms of the first one's three terms; empty before the first step."""
     if not rows:
         return ""
     steps = [int(row["step"]) for row in rows]
@@ -93,48 +112,94 @@ def charts(rows: Sequence[Mapping[str, float]], last_step: int, reward: str) -> 
     def series(name: str, key: str, text: str) -> Series:
         return Series(name, text, [row.get(key, math.nan) for row in rows])
 
-    rewards = [
-        series("with", "reward_with", "with preference"),
-        series("without", "reward_without", "without"),
-    ]
+    rewards = [series(arm, f"reward_{arm}", arm_label(arm)) for arm in arms]
     terms = [
         series("gen", "delta_gen", "δ_gen"),
         series("cls", "delta_cls", "γ δ_cls"),
         series("pref", "delta_pref", "β δ_pref"),
     ]
+    whose = f", {arm_label(arms[0])}" if len(arms) > 1 else ""
     return (
         '<div class="psd-charts">'
         + line_chart(f"Reward of the prediction ({reward})", steps, rewards, last_step)
-        + line_chart("Size of the three terms", steps, terms, last_step)
+        + line_chart(f"Size of the three terms{whose}", steps, terms, last_step)
         + "</div>"
     )
 
 
+def file_url(path: Path) -> str:
+    """Where gradio serves a file of its cache or of the examples, relative to the page; escaped."""
+    return escape(f"gradio_api/file={quote(str(path))}", quote=True)
+
+
+def key(arm: str) -> str:
+    """The mark of an arm's colour, and its name."""
+    return f"<i class='s-{escape(arm, quote=True)}'></i>{escape(arm_label(arm))}"
+
+
+def picture_grid(arms: Mapping[str, ArmResult]) -> str:
+    """Every arm's picture with its name."""
+    figures = "".join(
+        f"<figure><img src='{file_url(arm.picture)}' alt='{escape(arm_label(name), quote=True)}' loading='lazy'>"
+        f"<figcaption class='psd-key'>{key(name)}</figcaption></figure>"
+        for name, arm in arms.items()
+        if arm.picture
+    )
+    return f"<div class='psd-grid'>{figures}</div>"
+
+
+def downloads(result: Result) -> str:
+    """A line of links for every arm's files, and one for the run's own."""
+
+    def link(path: Path, text: str, whose: str) -> str:
+        name = escape(f"{text}, {whose}", quote=True)
+        return (
+            f"<a href='{file_url(path)}' download='{escape(path.name, quote=True)}' aria-label='{name}'>"
+            f"{escape(text)}</a>"
+        )
+
+    lines = ""
+    for name, arm in result.arms.items():
+        label = arm_label(name)
+        links = "".join(link(arm.files[kind], text, label) for kind, text in FILES.items() if kind in arm.files)
+        lines += f"<li><span class='psd-key'>{key(name)}</span>{links}</li>" if links else ""
+    of_arms = {path for arm in result.arms.values() for path in arm.files.values()}
+    links = "".join(link(path, path.name, "whole run") for path in result.files if path not in of_arms)
+    lines += f"<li><span>whole run</span>{links}</li>" if links else ""
+    return f"<ul class='psd-files' aria-label='Downloads'>{lines}</ul>" if lines else ""
+
+
 def score_table(scores: Mapping[str, Mapping[str, float]], target: str) -> str:
-    """One row a reward: both arms, their difference, and what the number may be believed for."""
-    if not scores:
+    """One row a reward: every arm, its change against the baseline, and what the number may be believed for."""
+    if not any(scores.values()):
         return ""
     names = list(dict.fromkeys(name for arm in scores.values() for name in arm))
     names.sort(key=lambda name: name != target)
     members: Mapping[str, float] = {}
     with contextlib.suppress(RequestError):  # another version's run may name what is unknown here
         members = reward_terms(target)
-    both = {"with", "without"} <= scores.keys()
-    head = "".join(f"<th scope='col'>{escape(arm)}</th>" for arm in [*scores, *(["change"] if both else [])])
+    baseline = BASELINE if BASELINE in scores else list(scores)[-1]
+    head = "".join(f"<th scope='col' class='psd-key'>{key(arm)}</th>" for arm in scores)
     body = ""
     for name in names:
-        values = {arm: scores[arm].get(name, math.nan) for arm in scores}
-        cells = "".join(f"<td data-label='{escape(arm)}'>{score(value)}</td>" for arm, value in values.items())
-        if both:
-            change = values["with"] - values["without"]
-            kind = "up" if change > 0 else "down" if change < 0 else ""
-            cells += f"<td data-label='change' class='{kind}'>{f'{change:+.3f}' if math.isfinite(change) else '–'}</td>"
+        cells = ""
+        for arm, each in scores.items():
+            value = each.get(name, math.nan)
+            cells += f"<td>{score(value)}"
+            cells += "</td>" if arm == baseline else f"{change(value - scores[baseline].get(name, math.nan))}</td>"
         tag = TARGET_TAG if name == target else MEMBER_TAG if name in members else HELD_OUT_TAG
         body += f"<tr><th scope='row'>{escape(name)} {tag}</th>{cells}</tr>"
+    against = f"; below each its change against “{escape(arm_label(baseline))}”" if len(scores) > 1 else ""
     return (
-        f"<table class='psd-scores'><caption>Scores of the results, higher is better</caption>"
-        f"<thead><tr><th scope='col'>reward</th>{head}</tr></thead><tbody>{body}</tbody></table>"
+        f"<div class='psd-wide' tabindex='0' role='region' aria-label='Scores'><table class='psd-scores'>"
+        f"<caption>Scores of the results, higher is better{against}</caption>"
+        f"<thead><tr><th scope='col'>reward</th>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
+
+
+def change(value: float) -> str:
+    kind = "up" if value > 0 else "down" if value < 0 else ""
+    return f"<small class='{kind}'>{value:+.3f}</small>" if math.isfinite(value) else "<small>–</small>"
 
 
 def score(value: float) -> str:
@@ -144,7 +209,7 @@ def score(value: float) -> str:
 def estimate(config: RunConfig, run_s: float, gpu_s: int = 0, gpu_steps: int = 0) -> str:
     """The line under Run; `gpu_s` seconds of a rented GPU are enough for `gpu_steps` of the steps."""
     count = len(arm_names(config.arms))
-    arms = "one arm" if count == 1 else "both arms" if count == 2 else f"{count} arms"
+    arms = "one arm" if count == 1 else f"{count} arms"
     quota = f" · reserves {gpu_s} s of GPU quota" if gpu_s else ""
     if gpu_s and gpu_steps < config.steps:
         quota += f", which ends the run after about {gpu_steps} steps: choose fewer, or fewer arms"

@@ -1,6 +1,6 @@
 """Line charts as inline SVG: a few kilobytes, redrawn without flicker, coloured by the page's own CSS variables.
 
-Knows nothing of gradio. Colours live in assets/style.css (`.psd-chart .s-<name>`): light and dark are one drawing.
+Knows nothing of gradio. Colours live in assets/style.css (`.s-<name>`): light and dark are one drawing.
 """
 
 from __future__ import annotations

@@ -1,10 +1,13 @@
-"""Colours, type and spacing. Everything a theme variable cannot say is in assets/style.css."""
+"""Colours, type and spacing, and the page's script. Everything a theme variable cannot say is in assets/style.css."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import gradio as gr
+
+from psd.config import FIELDS, PRESETS, RunConfig
 
 # An icon drawn inline: two overlapping discs, the arm without and the arm with preference.
 ICON = (
@@ -13,7 +16,16 @@ ICON = (
     "%3Ccircle cx='20' cy='16' r='9' fill='%23126b63' fill-opacity='.9'/%3E%3C/svg%3E"
 )
 HEAD = f'<link rel="icon" type="image/svg+xml" href="{ICON}">'
-STYLE = Path(__file__).resolve().parents[2] / "assets" / "style.css"
+ASSETS = Path(__file__).resolve().parents[2] / "assets"
+STYLE = ASSETS / "style.css"
+
+
+def script() -> str:
+    """assets/page.js with its data, as an element of the page's head."""
+    data = {"names": list(FIELDS), "presets": {name: RunConfig.from_preset(name).to_dict() for name in PRESETS}}
+    inside = json.dumps(data).replace("<", "\\u003c")  # no text of a preset ends the element
+    return f"<script>{(ASSETS / 'page.js').read_text(encoding='utf-8').replace('DATA', inside, 1)}</script>"
+
 
 pine = gr.themes.Color(
     "#edf7f5", "#d3ebe7", "#a9d8d1", "#78bfb6", "#46a196", "#22857b",

@@ -1,0 +1,41 @@
+// What the page does by itself. `psd.data` holds the names of the form's controls in their order, and the presets.
+window.psd = {
+    data: DATA,
+
+    // On a phone the results are below the form: bring them into view.
+    scroll() {
+        if (innerWidth < 860) document.querySelector('#results').scrollIntoView({behavior: 'smooth'});
+    },
+
+    // The share link of the form's values, into the clipboard too. Only what differs from the preset goes into it, so it
+    // stays short, and survives a restart of the server.
+    link(...values) {
+        const {names, presets} = psd.data, settings = {};
+        names.forEach((name, i) => settings[name] = Array.isArray(values[i]) ? values[i].join(', ') : values[i]);
+        const base = presets[settings.preset] ?? {}, query = new URLSearchParams();
+        for (const [name, value] of Object.entries(settings)) {
+            const always = ['prompt', 'preset', 'seed'].includes(name);
+            if (value !== null && (always || value !== base[name])) query.set(name, value);
+        }
+        const link = location.origin + location.pathname + '?' + query;
+        navigator.clipboard?.writeText(link).catch(() => {});
+        return link;
+    },
+
+    // Gradio keeps a viewer's `camera_position` up to date but has no event for it: while one viewer is being turned, or
+    // glides on, `left` or `right` is triggered ten times a second, and the other viewer takes its camera over.
+    follow(trigger, left, right) {
+        const events = {left_model: left, right_model: right};
+        let viewer, until, timer;
+        const turned = event => {
+            const found = event.target.closest?.('#left_model, #right_model');
+            if (!found || (event.type === 'pointermove' && !event.buttons)) return;
+            [viewer, until] = [found.id, Date.now() + 1000];
+            timer ??= setInterval(() => {
+                trigger(events[viewer]);
+                if (Date.now() > until) timer = clearInterval(timer);
+            }, 80);
+        };
+        for (const type of ['pointermove', 'wheel']) addEventListener(type, turned, {capture: true, passive: true});
+    },
+};

@@ -1,0 +1,192 @@
+"""The Create tab's components: question and settings to the left, results to the right. No events."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from psd.config import FIELDS, MODES, PRESETS, RunConfig
+from psd.models.priors.table import PRIORS
+from psd.models.rewards.table import EXAMPLE, REWARDS
+from psd.modes.pictures import TURNTABLE_FRAMES
+from psd.ui import parts
+from psd.ui.examples import Example
+from psd.ui.form import GROUPS, NAMES, control, download_box, model_note
+from psd.ui.show import MODELS, OUTPUTS, SIDES, estimate_of
+
+IDLE = "Ready. Enter a prompt and press Run."
+HELP = {
+    "preset": "Settings to start from.",
+    "prior": "Diffusion model to distil; any Stable Diffusion of the hub can be typed, as org/name.",
+    "reward": f"Model whose preference guides; type a mixture such as {EXAMPLE}.",
+}
+
+
+@dataclass(frozen=True)
+class Page:
+    """What events connect."""
+
+    controls: dict[str, Any]  # of every field of RunConfig, in the order of form.NAMES
+    form: dict[str, Any]  # the other components that are pressed or told beside the form
+    outputs: dict[str, Any]  # what a run changes, in the order of show.OUTPUTS
+    models: dict[str, Any]  # show.MODELS: set by an event of their own
+    galleries: dict[str, Any]  # this session's runs and the examples
+    shown: list[Example]
+    prompts: list[dict[str, Any]]
+
+
+def build_create(shown: list[Example], prompts: list[dict[str, Any]]) -> Page:
+    """style.css lays the three columns out: results to the right, on a phone between the question and settings."""
+    with gr.Row(equal_height=False, elem_id="columns"):
+        with gr.Column(elem_id="ask", min_width=0):
+            asked, form = build_question(prompts)
+        with gr.Column(elem_id="results", min_width=0):
+            outputs, models = build_results()
+            galleries = build_galleries(shown)
+        with gr.Column(elem_id="settings", min_width=0):
+            chosen, more = build_settings()
+            more |= build_sharing()
+    controls = {name: {**asked, **chosen}[name] for name in NAMES}
+    return Page(controls, {**form, **more}, outputs, models, galleries, shown, prompts)
+
+
+def html(value: str = "", **options: Any) -> gr.HTML:
+    """Our own HTML, styled by style.css alone."""
+    return gr.HTML(value, apply_default_css=False, **options)
+
+
+def build_question(prompts: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What to draw, and Run: (control of each field, the other components)."""
+    form: dict[str, Any] = {"token": gr.State("")}  # of the run that is going on; "" between runs
+    with gr.Group():
+        mode = gr.Radio(
+            [(info.label, name) for name, info in MODES.items()], value=FIELDS["mode"].default,
+            label=FIELDS["mode"].label, show_label=False, elem_id="mode",
+        )  # fmt: skip
+        prompt = gr.Textbox(
+            label="Prompt", lines=2, max_lines=5, placeholder="a red mushroom with a white stem", elem_id="prompt"
+        )
+        negative = gr.Textbox(
+            label="Negative prompt", placeholder="optional: what to move away from", elem_id="negative_prompt",
+            info="The learned negative embedding starts here.",
+        )  # fmt: skip
+    with gr.Row(elem_classes="pair"):
+        form["run"] = gr.Button("Run", variant="primary", size="lg", elem_id="run", scale=3, min_width=0)
+        form["stop"] = gr.Button("Stop", variant="stop", size="lg", elem_id="stop", interactive=False, min_width=0)
+    form["estimate"] = html(estimate_of({}), elem_id="estimate")
+    form["prompt_chips"] = gr.Dataset(
+        label="Try one", components=[prompt], type="index", elem_id="prompts",
+        samples=[[saved["prompt"]] for saved in prompts],
+    )  # fmt: skip
+    return {"mode": mode, "prompt": prompt, "negative_prompt": negative}, form
+
+
+def build_settings() -> tuple[dict[str, Any], dict[str, Any]]:
+    """How to draw it: (control of each field, the other components)."""
+    form: dict[str, Any] = {}
+    controls: dict[str, Any] = {}
+    with gr.Group():
+        controls["preset"] = dropdown("preset", PRESETS)
+        with gr.Row():
+            controls["prior"] = dropdown("prior", PRIORS, custom=True)
+            targets = [name for name, info in REWARDS.items() if not info.held_out]
+            controls["reward"] = dropdown("reward", targets, custom=True)
+        defaults = RunConfig()
+        form["models"] = html(model_note(defaults.prior, defaults.reward), elem_id="models_note")
+        form["allow_download"] = gr.Checkbox(**download_box(defaults.prior, defaults.reward), elem_id="allow_download")
+        with gr.Row():
+            controls["seed"] = control("seed")
+            form["randomise"] = gr.Checkbox(
+                True, label="Randomise seed", info="The seed used is written back.", elem_id="randomise"
+            )
+        controls["arms"] = control("arms")
+    for group, title in GROUPS.items():
+        with gr.Accordion(title, open=False, visible=group != "object") as form[f"{group}_settings"]:
+            for name in (name for name in NAMES if FIELDS[name].group == group):
+                controls[name] = control(name)
+    return controls, form
+
+
+def build_sharing() -> dict[str, Any]:
+    """A link with all settings, and a place to drop a result's file."""
+    form: dict[str, Any] = {}
+    with gr.Accordion("Share and restore", open=False):
+        form["copy_link"] = gr.Button("Copy link", size="sm", elem_id="copy_link")
+        form["link"] = gr.Textbox(
+            label="Link with all settings", interactive=False, buttons=["copy"], elem_id="link",
+            placeholder="appears here, and in the clipboard",
+        )  # fmt: skip
+        form["restore"] = gr.File(
+            label="Restore settings: drop a result PNG, GLB or run.json", file_types=[".png", ".glb", ".json"],
+            height=120, elem_id="restore",
+        )  # fmt: skip
+    return form
+
+
+def dropdown(name: str, choices: Iterable[str], custom: bool = False) -> gr.Dropdown:
+    return gr.Dropdown(
+        list(choices), value=FIELDS[name].default, label=FIELDS[name].label, info=HELP[name], elem_id=name,
+        filterable=custom, allow_custom_value=custom,
+    )  # fmt: skip
+
+
+def build_results() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Right column: (what a run changes, by the names of OUTPUTS; the viewers of meshes)."""
+    outputs: dict[str, Any] = {}
+    outputs["status"] = html(parts.status(IDLE, kind="idle"), elem_id="status")
+    outputs["preview"] = gr.Image(
+        label="Preview", interactive=False, buttons=["fullscreen"], elem_id="preview", elem_classes="picture"
+    )
+    outputs["gallery"] = html(elem_id="gallery")
+    with gr.Row(visible=False, elem_classes="pair", elem_id="chooser") as outputs["chooser"]:
+        for side in SIDES:
+            outputs[side] = gr.Dropdown([], label=f"On the {side}", elem_id=side, filterable=False, min_width=0)
+    outputs["slider"] = gr.ImageSlider(
+        interactive=False, visible=False, buttons=["fullscreen"], elem_id="slider", elem_classes="picture",
+        max_height=560,
+    )  # fmt: skip
+    outputs["angle"] = gr.Slider(
+        0, 360, 0, step=360 / TURNTABLE_FRAMES, label="Both from the same angle (degrees)", visible=False,
+        elem_id="angle",
+    )  # fmt: skip
+    outputs["single"] = gr.Image(
+        interactive=False, visible=False, buttons=["fullscreen"], elem_id="single", elem_classes="picture"
+    )
+    models = {}
+    with gr.Group(visible=False, elem_id="object") as outputs["object"]:
+        with gr.Row(elem_classes="pair", elem_id="models"):
+            for name in MODELS:
+                models[name] = gr.Model3D(
+                    interactive=False, height=320, clear_color=(0.86, 0.88, 0.90, 1.0), min_width=140, elem_id=name
+                )
+        with gr.Row(elem_classes="pair"):
+            for side in SIDES:
+                outputs[f"{side}_video"] = gr.Video(
+                    autoplay=True, loop=True, interactive=False, buttons=[], min_width=140, height=240,
+                    elem_id=f"{side}_video",
+                )  # fmt: skip
+    outputs["scores"] = html(elem_id="scores")
+    outputs["files"] = html(elem_id="files")
+    outputs["charts"] = html(elem_id="charts")
+    outputs["directory"] = gr.State(None)
+    outputs["pair"] = gr.State(())
+    return {name: outputs[name] for name in OUTPUTS}, models
+
+
+def build_galleries(shown: list[Example]) -> dict[str, Any]:
+    """This session's runs, with their folders, and the precomputed examples."""
+    common = dict(
+        height="auto", allow_preview=False, fit_columns=False, object_fit="cover", interactive=False, buttons=[],
+        elem_classes="thumbs",
+    )  # fmt: skip
+    return {
+        "history": gr.State([]),
+        "runs": gr.Gallery(label="This session's runs", columns=6, visible=False, elem_id="history", **common),
+        "examples": gr.Gallery(
+            [(str(example.thumbnail), example.title) for example in shown],
+            label="Examples: click to see their arms", columns=4, visible=bool(shown), elem_id="examples", **common,
+        ),
+    }  # fmt: skip

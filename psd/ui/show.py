@@ -1,0 +1,174 @@
+"""What is on the page: a View or a Result -> one update of every output. Computes nothing, and writes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from psd.config import RunConfig, arm_names
+from psd.errors import RequestError
+from psd.events import ArmResult
+from psd.record import Result, read
+from psd.scene.turntable import read_frame
+from psd.ui import parts
+from psd.ui.estimate import estimate_s, gpu_seconds, gpu_steps
+from psd.ui.form import arm_label, checked
+from psd.ui.watch import ON_ZERO_GPU, View
+
+SIDES = ("left", "right")  # of the slider, the viewers and the turntables: two arms of any number
+MODELS = ("left_model", "right_model")
+# What a run changes, in the order of every update below.
+OUTPUTS = ("status", "preview", "gallery", "chooser", "left", "right", "slider", "angle", "single", "object",
+           "left_video", "right_video", "scores", "files", "charts", "directory", "pair")  # fmt: skip
+HIDDEN = {"visible": False}
+
+
+def updates(**changed: Any) -> list[Any]:
+    """One value per output, `gr.skip()` where nothing changes; a typo in a name is an error."""
+    unknown = changed.keys() - set(OUTPUTS)
+    if unknown:
+        raise KeyError(f"not an output: {sorted(unknown)}")
+    return [changed.get(name, gr.skip()) for name in OUTPUTS]
+
+
+def told(text: str) -> list[Any]:
+    """One sentence in the status line, where there is nothing else to show."""
+    return updates(status=parts.status(text, kind="stopped"))
+
+
+def show_cleared(config: RunConfig) -> list[Any]:
+    """The page before a run."""
+    hidden = {name: gr.update(**HIDDEN) for name in ("chooser", "slider", "angle", "single", "object")}
+    label = "Preview: " + " | ".join(map(arm_label, arm_names(config.arms)))
+    return updates(
+        status=parts.status("Waiting for the device…"), preview=gr.update(value=None, visible=True, label=label),
+        gallery="", scores="", files="", charts="", directory=None, pair=(), **hidden,
+    )  # fmt: skip
+
+
+def show(view: View) -> list[Any]:
+    """A run at one moment; at its end everything that its folder holds."""
+    if view.finished:
+        return show_end(read(view.directory), view.warnings)
+    config = view.config
+    return updates(
+        status=parts.run_status(view),
+        preview=str(view.preview) if view.preview else gr.skip(),
+        charts=parts.charts(view.rows, config.steps, config.reward, arm_names(config.arms)),
+        directory=str(view.directory) if view.directory else gr.skip(),
+    )
+
+
+def show_end(result: Result, warnings: tuple[str, ...] = ()) -> list[Any]:
+    """Everything a run's folder holds, whether it came to its end, was stopped, or was computed long ago."""
+    seen = {name: arm for name, arm in result.arms.items() if arm.picture}
+    pair = compared(list(seen))
+    target = str(result.settings.get("reward", ""))
+    steps = result.settings.get("steps") or result.steps_done
+    choices = [(capital(arm_label(name)), name) for name in seen]
+    many, alone = len(seen) > 2, len(seen) == 1
+    sides = {side: gr.update(choices=choices, value=name) for side, name in zip(SIDES, pair) if many}
+    return updates(
+        status=parts.end_status(result, warnings),
+        # Without any picture yet, the last preview stays on the page.
+        preview=gr.update(**HIDDEN) if seen else gr.skip(),
+        gallery=parts.picture_grid(seen) if many else "",
+        chooser=gr.update(visible=many),
+        single=picture(*seen.popitem()) if alone else gr.update(**HIDDEN),
+        object=gr.update(visible=any(arm.files.keys() & {"glb", "turntable"} for arm in result.arms.values())),
+        scores=parts.score_table({name: arm.scores for name, arm in result.arms.items()}, target),
+        files=parts.downloads(result),
+        charts=parts.charts(result.rows, steps, target, list(result.arms)) or gr.skip(),
+        directory=str(result.directory),
+        pair=pair,
+        **sides,
+        **of_pair(result, pair),
+    )
+
+
+def compared(names: Sequence[str]) -> tuple[str, ...]:
+    """The two arms that are looked at first: the first one beside the baseline; of one arm itself."""
+    if len(names) < 2:
+        return tuple(names)
+    return names[0], parts.BASELINE if parts.BASELINE in names[1:] else names[-1]
+
+
+def of_pair(result: Result, pair: Sequence[str]) -> dict[str, Any]:
+    """Slider, turntables and their angle, of two arms or of one."""
+    both = len(pair) == 2
+    turntables = [result.arms[name].files.get("turntable") for name in pair]
+    label = " | ".join(f"{capital(arm_label(name))} ({side})" for name, side in zip(pair, SIDES))
+    pictures = tuple(str(result.arms[name].picture) for name in pair)
+    videos = {f"{side}_video": gr.update(value=None, **HIDDEN) for side in SIDES}
+    for side, name, path in zip(SIDES, pair, turntables):
+        if path:
+            videos[f"{side}_video"] = gr.update(value=str(path), visible=True, label=f"Turntable, {arm_label(name)}")
+    return {
+        "slider": gr.update(value=pictures, visible=True, label=label) if both else gr.update(**HIDDEN),
+        "angle": gr.update(value=0, visible=both and all(turntables)),
+        **videos,
+    }
+
+
+def picture(name: str, arm: ArmResult) -> dict[str, Any]:
+    return gr.update(value=str(arm.picture), visible=True, label=capital(arm_label(name)))
+
+
+def capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def shown_pair(directory: str | None, pair: Sequence[str]) -> tuple[Result, Sequence[str]]:
+    """The run on the page and the two arms that are looked at; none where its files have been tidied away."""
+    result = read(Path(directory)) if directory else Result(Path())
+    return result, pair if all(name in result.arms and result.arms[name].picture for name in pair) else ()
+
+
+def show_pair(directory: str | None, left: str, right: str) -> list[Any]:
+    """Two other arms under the slider."""
+    result, pair = shown_pair(directory, (left, right))
+    return updates(pair=pair, **of_pair(result, pair)) if pair else updates()
+
+
+def show_models(directory: str | None, pair: Sequence[str]) -> list[Any]:
+    """The meshes of the pair. An event of its own: a generator whose last item holds a new mesh blanks the viewers."""
+    result, pair = shown_pair(directory, pair)
+    changed = [gr.update(value=None, **HIDDEN) for _ in MODELS]
+    end = ": drag to turn both" if len(pair) == 2 else ""
+    for i, name in enumerate(pair):
+        if mesh := result.arms[name].files.get("glb"):
+            label = capital(arm_label(name)) + end
+            changed[i] = gr.update(value=str(mesh), visible=True, camera_position=(None, None, None), label=label)
+            end = ""
+    return changed
+
+
+def show_angle(directory: str | None, pair: Sequence[str], angle_deg: float) -> Any:
+    """Both objects at an angle of their turntables, side by side under the slider."""
+    result, pair = shown_pair(directory, pair)
+    videos = [result.arms[name].files.get("turntable") for name in pair]
+    if len(videos) < 2 or not all(videos):
+        return gr.skip()
+    return gr.update(value=tuple(read_frame(video, angle_deg / 360) for video in videos))
+
+
+def show_broken(directory: str | None) -> list[Any]:
+    """What a run left that ended with an error: the error itself has been said."""
+    result = read(Path(directory)) if directory else Result(Path())
+    if not result.settled:
+        return told("The run broke down.")
+    return show_end(result)
+
+
+def estimate_of(settings: dict[str, Any]) -> str:
+    """The line under Run; empty while the form is not yet valid."""
+    try:
+        config = checked({**settings, "prompt": settings.get("prompt") or "any"})
+    except RequestError:
+        return ""
+    if not ON_ZERO_GPU:
+        return parts.estimate(config, estimate_s(config))
+    return parts.estimate(config, estimate_s(config), gpu_seconds(config), gpu_steps(config))

@@ -1,0 +1,248 @@
+"""Which event changes what. Only a run computes: `run_form`, private; the public twin of it is api.generate."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import spaces
+
+from psd.config import MAX_SEED, RunConfig, presets_of
+from psd.errors import RequestError
+from psd.models.needs import check_downloads
+from psd.record import Result, read, settings_of
+from psd.ui import api
+from psd.ui.create import Page
+from psd.ui.estimate import check_work, note_speed
+from psd.ui.form import (
+    NAMES,
+    checked,
+    download_box,
+    fill,
+    fill_again,
+    fill_preset,
+    model_note,
+    named,
+    settings_of_query,
+)
+from psd.ui.show import (
+    MODELS,
+    SIDES,
+    estimate_of,
+    show,
+    show_angle,
+    show_broken,
+    show_cleared,
+    show_end,
+    show_models,
+    show_pair,
+)
+from psd.ui.watch import clear_errors, fetch, stop, watch
+
+MAX_HISTORY = 12
+DEVICE = {"concurrency_id": "device", "concurrency_limit": 1}
+PRIVATE = {"api_visibility": "private"}
+LIGHT = {**PRIVATE, "concurrency_limit": 8, "show_progress": "hidden"}
+
+
+def connect(demo: gr.Blocks, header: gr.HTML, page: Page) -> None:
+    """All events of the Create tab."""
+    outputs = page.outputs
+    # Of whatever was put on the page: the viewers of meshes, by an event after the one that shows everything else.
+    models = (show_models, [outputs["directory"], outputs["pair"]], list(page.models.values()))
+    connect_run(page, models)
+    connect_form(demo, page)
+    connect_results(header, page, models)
+
+
+def connect_run(page: Page, models: tuple) -> None:
+    """Run and Stop."""
+    form, galleries, directory = page.form, page.galleries, page.outputs["directory"]
+    inputs, results = list(page.controls.values()), list(page.outputs.values())
+    buttons = [form["run"], form["stop"], form["token"]]
+    prepared = gr.on(
+        [form["run"].click, page.controls["prompt"].submit], prepare,
+        [form["token"], form["randomise"], form["allow_download"], *inputs],
+        [page.controls["seed"], *buttons, *results], **LIGHT,
+    )  # fmt: skip
+    prepared.success(None, js="() => psd.scroll()", **PRIVATE)
+    asked = [*inputs, form["allow_download"]]
+    fetched = prepared.success(fetch_form, asked, results, **LIGHT)
+    run = fetched.success(run_form, [form["token"], *asked], results, **PRIVATE, **DEVICE, show_progress="hidden")
+    form["stop"].click(stop_run, form["token"], form["stop"], queue=False, **PRIVATE, show_progress="hidden")
+
+    remember = (remember_run, [directory, galleries["history"]], [galleries["history"], galleries["runs"]])
+    chosen = [page.controls[name] for name in ("prior", "reward", "fast_decoder")]
+    notes = (models_used, chosen, [form["models"], form["allow_download"]])
+    ended = run.success(idle, None, buttons, **LIGHT)
+    broken = run.failure(show_broken, directory, results, **LIGHT).then(idle, None, buttons, **LIGHT)
+    fetched.failure(show_broken, directory, results, **LIGHT).then(idle, None, buttons, **LIGHT)
+    for end in (ended, broken):
+        end.then(*models, **LIGHT).then(*remember, **LIGHT).then(*notes, **LIGHT)
+
+
+def connect_form(demo: gr.Blocks, page: Page) -> None:
+    """What settings do to each other, and the ways that they come in and go out."""
+    form, controls = page.form, page.controls
+    inputs = list(controls.values())
+    controls["preset"].input(choose_preset, controls["preset"], inputs, **LIGHT)
+    controls["mode"].input(choose_mode, controls["mode"], inputs, **LIGHT)
+    controls["mode"].change(
+        lambda mode: gr.update(visible=mode == "3d"), controls["mode"], form["object_settings"], **LIGHT
+    )
+    gr.on(
+        [controls[name].change for name in ("preset", "steps", "prior", "arms", "time_budget_s")],
+        lambda *values: estimate_of(named(values)), inputs, form["estimate"],
+        trigger_mode="always_last", **LIGHT,
+    )  # fmt: skip
+    chosen = [controls[name] for name in ("prior", "reward", "fast_decoder")]
+    gr.on([box.change for box in chosen], models_chosen, chosen, [form["models"], form["allow_download"]], **LIGHT)
+
+    restored = [*inputs, form["randomise"]]
+    form["prompt_chips"].click(lambda index: fill(page.prompts[index]), form["prompt_chips"], inputs, **LIGHT)
+    form["restore"].upload(restore_file, form["restore"], restored, **LIGHT)
+    form["copy_link"].click(None, inputs, form["link"], js="(...values) => psd.link(...values)", **PRIVATE)
+    demo.load(restore_link, None, restored, **LIGHT)
+
+
+def connect_results(header: gr.HTML, page: Page, models: tuple) -> None:
+    """Looking at what is there: other arms, other angles, other runs."""
+    outputs, galleries = page.outputs, page.galleries
+    results = list(outputs.values())
+    directory, pair = outputs["directory"], outputs["pair"]
+    gr.on(
+        [outputs[side].input for side in SIDES], show_pair, [directory, *(outputs[side] for side in SIDES)], results,
+        **LIGHT,
+    ).then(*models, **LIGHT)  # fmt: skip
+    outputs["angle"].input(
+        show_angle, [directory, pair, outputs["angle"]], outputs["slider"], trigger_mode="always_last", **LIGHT
+    )
+    turned = dict(zip(MODELS, (header.left_turned, header.right_turned)))
+    for one, other in (MODELS, MODELS[::-1]):
+        turned[one](
+            lambda viewer: gr.update(camera_position=viewer.camera_position), page.models[one], page.models[other],
+            **PRIVATE, queue=False, trigger_mode="always_last", show_progress="hidden",
+        )  # fmt: skip
+
+    def show_example(event: gr.SelectData) -> list[Any]:
+        return show_again(read(page.shown[event.index].directory))
+
+    def show_run(history: list[str], event: gr.SelectData) -> list[Any]:
+        return show_again(read(Path(history[event.index])))
+
+    again = [*page.controls.values(), page.form["randomise"], *results]
+    galleries["examples"].select(show_example, None, again, **LIGHT).then(*models, **LIGHT)
+    galleries["runs"].select(show_run, galleries["history"], again, **LIGHT).then(*models, **LIGHT)
+
+
+def prepare(token: str, randomise: bool, allow_download: bool, *values: Any) -> list[Any]:
+    """Check the form before the queue, settle the seed, and clear the page for the run. Raises gr.Error."""
+    settings = named(values)
+    if randomise:
+        settings["seed"] = secrets.randbelow(MAX_SEED + 1)
+    with clear_errors():
+        if token:
+            raise RequestError("A run is going on: wait for its end, or stop it first.")
+        config = checked(settings)
+        check_work(config)
+        check_downloads(config, allow_download)
+    running = [gr.update(interactive=False), gr.update(interactive=True), secrets.token_hex(8)]
+    return [config.seed, *running, *show_cleared(config)]
+
+
+def fetch_form(*values: Any) -> Iterator[list[Any]]:
+    """Before the run: the downloads that it needs. The last value is `allow_download`."""
+    *settings, allow_download = values
+    with clear_errors():
+        for view in fetch(checked(named(settings)), allow_download):
+            yield show(view)
+
+
+@spaces.GPU(duration=lambda token, *values: api.duration(*values))
+def run_form(token: str, *values: Any) -> Iterator[list[Any]]:
+    """The Run button: one update of the page per View, until `stop(token)`. The last value is `allow_download`."""
+    *settings, allow_download = values
+    with clear_errors():
+        for view in watch(checked(named(settings)), allow_download, token):
+            yield show(view)
+
+
+def stop_run(token: str) -> dict[str, Any]:
+    """Ask the run to end after its step: its own stream then shows what there is."""
+    stop(token)
+    return gr.update(value="Stopping…", interactive=False)
+
+
+def idle() -> list[Any]:
+    """The buttons between runs, and no token."""
+    return [gr.update(interactive=True), gr.update(value="Stop", interactive=False), ""]
+
+
+def choose_preset(preset: str) -> list[Any]:
+    with clear_errors():
+        return fill_preset(preset)
+
+
+def choose_mode(mode: str) -> list[Any]:
+    return choose_preset(presets_of(mode)[0])
+
+
+def models_chosen(prior: str, reward: str, fast_decoder: bool) -> list[Any]:
+    """Their note and the checkbox of their download: a tick holds for the models it was set for."""
+    models = prior, reward, fast_decoder
+    return [model_note(*models), gr.update(**download_box(*models))]
+
+
+def models_used(prior: str, reward: str, fast_decoder: bool) -> list[Any]:
+    """The same after a run, which may have downloaded them; after one that failed to, the tick stays."""
+    models = prior, reward, fast_decoder
+    return [model_note(*models), gr.update(visible=download_box(*models)["visible"])]
+
+
+def remember_run(directory: str | None, history: list[str]) -> tuple[Any, Any]:
+    """Newest first; folders that housekeeping removed in the meantime drop out."""
+    known = [entry for entry in history if entry != directory]
+    results = [read(Path(entry)) for entry in [directory, *known] if entry]
+    results = [result for result in results if thumbnail(result)][:MAX_HISTORY]
+    newest = next(iter(results), None)
+    if newest and str(newest.directory) == directory:
+        # A GPU worker of ZeroGPU cannot tell this process how fast it was.
+        note_speed(RunConfig.from_dict(newest.settings), newest.seconds, newest.steps_done)
+    pictures = [(str(thumbnail(result)), f"seed {result.settings.get('seed', '?')}") for result in results]
+    return [str(result.directory) for result in results], gr.update(value=pictures, visible=bool(pictures))
+
+
+def thumbnail(result: Result) -> Path | None:
+    """The first picture that there is."""
+    return next((arm.picture for arm in result.arms.values() if arm.picture), None)
+
+
+def show_again(result: Result) -> list[Any]:
+    """A finished run back on the page, and its settings back in the form."""
+    if not thumbnail(result):
+        raise gr.Error("This run's files have been tidied away; press Run to draw it again.", print_exception=False)
+    return [*fill_again(result.settings), False, *show_end(result)]
+
+
+def restore_file(path: str | None) -> list[Any]:
+    """The settings of a dropped file fill the form. Raises gr.Error."""
+    if not path:
+        return [gr.skip()] * (len(NAMES) + 1)
+    with clear_errors():
+        settings = checked(settings_of(Path(path))).to_dict()
+    gr.Info("Settings restored.")
+    return [*fill(settings), False]
+
+
+def restore_link(request: gr.Request) -> list[Any]:
+    """Settings in the page's address fill the form; a link that does not work is named, and the defaults stay."""
+    try:
+        settings = settings_of_query(dict(request.query_params))
+    except RequestError as error:
+        gr.Warning(f"The settings in this link cannot be used: {escape(str(error))}")  # gradio shows it as HTML
+        settings = {}
+    return [*fill(settings), False if settings else gr.skip()]
