@@ -15,6 +15,7 @@ import gradio as gr
 
 from psd.config import ARMS, FIELDS, MAX_PROMPT_CHARS, PRESETS, RunConfig, Setting, arm_names, todays
 from psd.errors import RequestError, shown
+from psd.methods import METHODS
 from psd.models.hub import is_cached, is_hub_id
 from psd.models.needs import models_of
 from psd.models.priors.table import PRIORS, DecoderInfo, PriorInfo, gpu_memory
@@ -47,8 +48,12 @@ def help_line(name: str) -> str:
 
 
 def named(values: Sequence[Any]) -> dict[str, Any]:
-    """Values of all controls by the names of their fields."""
-    return dict(zip(NAMES, values, strict=True))
+    """Values of all controls by the names of their fields; the boxes ticked for `arms` become its text."""
+    settings = dict(zip(NAMES, values, strict=True))
+    ticked = settings["arms"]
+    if isinstance(ticked, list):
+        settings["arms"] = ", ".join(arm for arm in ARMS if arm in ticked)
+    return settings
 
 
 def arm_label(arm: str) -> str:
@@ -56,33 +61,16 @@ def arm_label(arm: str) -> str:
     return "with preference" if arm == "with" else arm.replace("-", " ")
 
 
-def arms_control() -> gr.CheckboxGroup:
-    """Boxes to tick, whose value is the text of `arms` to all of Python: "with, without".
-
-    The methods are replaced, not overridden: gradio writes a .pyi file beside every subclass of a component. An update
-    of more than the value would make gradio build a new component, without them.
-    """
-    field = FIELDS["arms"]
-    boxes = gr.CheckboxGroup(
-        [(arm_label(arm), arm) for arm in ARMS], value=arm_names(field.default), label=field.label, info=field.help,
-        elem_id="arms",
-    )  # fmt: skip
-    boxes.preprocess = lambda ticked: (
-        ", ".join(arm for arm in ARMS if arm in ticked) if isinstance(ticked, list) else ticked
-    )
-    boxes.postprocess = lambda arms: arm_names(arms or "")
-    return boxes
-
-
 def control(name: str) -> gr.components.Component:
-    """The field's control: choices become radios, wide numbers a slider, the rest a number or a box."""
-    if name == "arms":
-        return arms_control()
+    """The field's control: arms become boxes, choices radios, wide numbers a slider, the rest a number or a text."""
     field = FIELDS[name]
     common = {"label": field.label, "value": field.default, "info": field.help, "elem_id": name}
     low, high = field.low, field.high
-    if field.choices:
-        return gr.Radio(list(field.choices), **common)
+    if name == "arms":
+        common["value"] = arm_names(field.default)
+        return gr.CheckboxGroup([(arm_label(arm), arm) for arm in ARMS], **common)
+    if choices := field.choices or tuple({"method": METHODS}.get(name, ())):
+        return gr.Radio(list(choices), **common)
     if isinstance(field.default, bool):
         return gr.Checkbox(**common)
     if name in SLIDER_STEPS:
@@ -118,7 +106,10 @@ def number(field: Setting, value: Any) -> Any:
 
 def fill(settings: Mapping[str, Any]) -> list[Any]:
     """Values for all controls in the order of NAMES; controls that `settings` does not name stay as they are."""
-    return [settings.get(name, gr.skip()) for name in NAMES]
+    values = dict(settings)
+    if "arms" in values:
+        values["arms"] = arm_names(values["arms"])
+    return [values.get(name, gr.skip()) for name in NAMES]
 
 
 def fill_preset(preset: str) -> list[Any]:

@@ -12,9 +12,10 @@ from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
-from psd.config import FIELDS, PRESETS, RunConfig, arm_names
+from psd.config import FIELDS, MODES, PRESETS, RunConfig, arm_names
 from psd.errors import RequestError
 from psd.events import ArmResult
+from psd.methods import METHODS
 from psd.models.priors.table import PRIORS
 from psd.models.rewards.table import REWARDS, reward_terms
 from psd.record import Result
@@ -37,6 +38,8 @@ real improvement from reward hacking.
 </header>
 """
 
+# What a field that names a row may say.
+TABLES = {"preset": PRESETS, "prior": PRIORS, "reward": REWARDS, "method": METHODS, "mode": MODES}
 TARGET_TAG = '<span class="psd-tag target">target</span>'
 MEMBER_TAG = '<span class="psd-tag target">part of the target</span>'
 BASELINE = "without"  # changes are told against this arm where it ran, else against the last one
@@ -67,9 +70,10 @@ def run_status(view: View) -> str:
         return status("Loading the models…" if view.directory is None else "Models are ready, first step…")
     step = view.step
     speed = step.step / max(step.elapsed_s, 1e-6)
+    left = f"{seconds(step.eta_s)} left" if step.step < step.steps else "scores and files follow"
     return status(
         f"<b>Step {step.step} of {step.steps}</b><span>{speed:.1f} steps/s</span>"
-        f"<span>{seconds(step.eta_s)} left</span><span>seed {view.config.seed}</span>{notes(view.warnings)}",
+        f"<span>{left}</span><span>seed {view.config.seed}</span>{notes(view.warnings)}",
         step.step / step.steps,
     )
 
@@ -191,8 +195,9 @@ def score_table(scores: Mapping[str, Mapping[str, float]], target: str) -> str:
         body += f"<tr><th scope='row'>{escape(name)} {tag}</th>{cells}</tr>"
     against = f"; below each its change against “{escape(arm_label(baseline))}”" if len(scores) > 1 else ""
     return (
-        f"<div class='psd-wide' tabindex='0' role='region' aria-label='Scores'><table class='psd-scores'>"
-        f"<caption>Scores of the results, higher is better{against}</caption>"
+        f"<p class='psd-caption' id='scores_caption'>Scores of the results, higher is better{against}</p>"
+        "<div class='psd-wide' tabindex='0' role='region' aria-labelledby='scores_caption'>"
+        "<table class='psd-scores' aria-labelledby='scores_caption'>"
         f"<thead><tr><th scope='col'>reward</th>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
@@ -221,7 +226,9 @@ def parameter_table() -> str:
     rows = ""
     for name, field in FIELDS.items():
         low, high = field.low, field.high
-        choices = field.choices or tuple({"preset": PRESETS, "prior": PRIORS, "reward": REWARDS}.get(name, ()))
+        choices = field.choices or tuple(
+            {"preset": PRESETS, "prior": PRIORS, "reward": REWARDS, "method": METHODS}.get(name, ())
+        )
         allowed = ", ".join(choices) if choices else f"{low:g} to {high:.10g}" if low is not None else ""
         kind = f"{field.kind.__name__}{f': {allowed}' if allowed else ''}"
         default = repr(field.default) if name != "prompt" else "required"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -64,13 +65,15 @@ def connect_run(page: Page, models: tuple) -> None:
     form, galleries, directory = page.form, page.galleries, page.outputs["directory"]
     inputs, results = list(page.controls.values()), list(page.outputs.values())
     buttons = [form["run"], form["stop"], form["token"]]
-    prepared = gr.on(
-        [form["run"].click, page.controls["prompt"].submit], prepare,
-        [form["token"], form["randomise"], form["allow_download"], *inputs],
-        [page.controls["seed"], *buttons, *results], **LIGHT,
-    )  # fmt: skip
-    prepared.success(None, js="() => psd.scroll()", **PRIVATE)
     asked = [*inputs, form["allow_download"]]
+    # Unprocessed: gradio's own word on a number out of bounds does not say which one.
+    accepted = gr.on(
+        [form["run"].click, page.controls["prompt"].submit], check_form, asked, preprocess=False, **LIGHT
+    )  # fmt: skip
+    prepared = accepted.success(
+        prepare, [form["token"], form["randomise"], *asked], [page.controls["seed"], *buttons, *results], **LIGHT
+    )
+    prepared.success(None, js="() => psd.scroll()", **PRIVATE)
     fetched = prepared.success(fetch_form, asked, results, **LIGHT)
     run = fetched.success(run_form, [form["token"], *asked], results, **PRIVATE, **DEVICE, show_progress="hidden")
     form["stop"].click(stop_run, form["token"], form["stop"], queue=False, **PRIVATE, show_progress="hidden")
@@ -96,7 +99,7 @@ def connect_form(demo: gr.Blocks, page: Page) -> None:
     )
     gr.on(
         [controls[name].change for name in ("preset", "steps", "prior", "arms", "time_budget_s")],
-        lambda *values: estimate_of(named(values)), inputs, form["estimate"],
+        lambda *values: estimate_of(named(values)), inputs, form["estimate"], preprocess=False,
         trigger_mode="always_last", **LIGHT,
     )  # fmt: skip
     chosen = [controls[name] for name in ("prior", "reward", "fast_decoder")]
@@ -139,17 +142,24 @@ def connect_results(header: gr.HTML, page: Page, models: tuple) -> None:
     galleries["runs"].select(show_run, galleries["history"], again, **LIGHT).then(*models, **LIGHT)
 
 
-def prepare(token: str, randomise: bool, allow_download: bool, *values: Any) -> list[Any]:
-    """Check the form before the queue, settle the seed, and clear the page for the run. Raises gr.Error."""
-    settings = named(values)
-    if randomise:
-        settings["seed"] = secrets.randbelow(MAX_SEED + 1)
+def check_form(*values: Any) -> None:
+    """Refuse before the queue what cannot run; the last value is `allow_download`. Raises gr.Error."""
+    *settings, allow_download = values
+    with clear_errors():
+        config = checked(named(settings))
+        check_work(config)
+        check_downloads(config, allow_download)
+
+
+def prepare(token: str, randomise: bool, *values: Any) -> list[Any]:
+    """Settle the seed, and clear the page for the run. Raises gr.Error while another one of this page goes on."""
+    *settings, _allow_download = values
     with clear_errors():
         if token:
             raise RequestError("A run is going on: wait for its end, or stop it first.")
-        config = checked(settings)
-        check_work(config)
-        check_downloads(config, allow_download)
+        config = checked(named(settings))
+    if randomise:
+        config = replace(config, seed=secrets.randbelow(MAX_SEED + 1))
     running = [gr.update(interactive=False), gr.update(interactive=True), secrets.token_hex(8)]
     return [config.seed, *running, *show_cleared(config)]
 
