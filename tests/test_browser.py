@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from tests import app_server
+from tests.browser_page import (
+    LAST_S,
+    copied_link,
+    drawn,
+    finished,
+    low_contrast,
+    open_page,
+    run,
+    saved,
+    set_number,
+    set_steps,
+    uninvited,
+    unlabelled,
+    until,
+    upright_and_coloured,
+    viewer,
+)
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(LAST_S + 200)]
 
 PROMPT = "a red mushroom with a white stem"
-RUN_MS = 120_000
+TAG = "<img src=//host.invalid/x>"  # shown as it is, never taken for HTML
 
 
 @pytest.fixture(scope="module")
@@ -36,37 +54,6 @@ def browser(chromium: str) -> Iterator[Browser]:
         browser.close()
 
 
-def open_page(browser: Browser, url: str, width: int, theme: str, query: str = "") -> tuple[Page, list[str]]:
-    """The page, ready to use, and the list that collects what it should never do."""
-    page = browser.new_page(viewport={"width": width, "height": 900})
-    page.set_default_timeout(30_000)
-    faults: list[str] = []
-    page.on("pageerror", lambda error: faults.append(f"script error: {error}"))
-    ours = (url, "data:", "blob:")
-    page.on("request", lambda request: None if request.url.startswith(ours) else faults.append(request.url))
-    page.goto(f"{url}/?__theme={theme}{query}")
-    page.locator("#run").wait_for()
-    return page, faults
-
-
-def set_number(page: Page, name: str, value: int) -> None:
-    """Typed as a visitor types it: Gradio takes a value set in one go for its own when the field has just appeared."""
-    field = page.locator(f"#{name} input[type=number]")
-    field.click()
-    field.press("ControlOrMeta+a")
-    field.press_sequentially(str(value), delay=50)
-    field.press("Tab")
-    page.wait_for_timeout(300)
-    assert field.input_value() == str(value)
-
-
-def set_steps(page: Page, steps: int) -> None:
-    page.get_by_role("button", name="Sampling and guidance").click()
-    page.locator("#steps input[type=number]").wait_for()
-    page.wait_for_timeout(1000)  # an accordion's fields are mounted when it opens, and take their first value then
-    set_number(page, "steps", steps)
-
-
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1440])
 def test_run_from_prompt_to_slider(browser: Browser, app_url: str, tmp_path: Path, width: int, theme: str):
@@ -76,21 +63,20 @@ def test_run_from_prompt_to_slider(browser: Browser, app_url: str, tmp_path: Pat
 
     set_steps(page, 12)
     page.get_by_label("Prompt", exact=True).fill(PROMPT)
-    page.get_by_role("button", name="Run", exact=True).click()
-    page.locator("#preview img").wait_for(timeout=RUN_MS)
-    page.locator("#charts svg").first.wait_for(timeout=RUN_MS)
-    page.locator("#slider img").first.wait_for(timeout=RUN_MS)
-    page.get_by_text("Done", exact=True).wait_for(timeout=RUN_MS)
-    page.wait_for_function("[...document.querySelectorAll('#slider img')].every(image => image.naturalWidth > 0)")
+    run(page)
+    until(page, "#preview img")
+    until(page, "#charts svg")
+    status = finished(page)
+    drawn(page, 2, "With preference", "Without")
 
     scores = page.locator("#scores").inner_text()
     assert "target" in scores and "held-out: reward-hacking check" in scores
-    assert page.locator("#seed input").input_value() in page.locator("#status").inner_text()
-    for name in ("with_png", "without_png", "metrics_csv", "run_json"):
-        assert page.locator(f"#{name}").is_visible()
-    assert page.locator("#run").is_enabled()
+    assert page.locator("#seed input").input_value() in status
+    for name in ("PNG, with preference", "PNG, without", "metrics.csv, whole run", "run.json, whole run"):
+        assert page.get_by_role("link", name=name, exact=True).is_visible()
     page.locator("#history img").first.wait_for()
     assert page.locator("#history img").count() == 1
+    assert uninvited(page) == []
 
     for tab in ("API", "Score an image", "Create"):
         page.get_by_role("tab", name=tab).click()
@@ -102,22 +88,61 @@ def test_run_from_prompt_to_slider(browser: Browser, app_url: str, tmp_path: Pat
     page.close()
 
 
-def test_stop_keeps_the_partial_result_and_run_works_again(browser: Browser, app_url: str):
+@pytest.mark.parametrize(("width", "theme"), [(390, "dark"), (1440, "light")])
+def test_any_two_of_three_arms_stand_under_the_slider(
+    browser: Browser, app_url: str, tmp_path: Path, width: int, theme: str
+):
+    page, faults = open_page(browser, app_url, width, theme)
+    set_steps(page, 4)
+    page.locator("#arms").get_by_label("no negative", exact=True).check()
+    page.get_by_label("Prompt", exact=True).fill(PROMPT)
+    run(page)
+    finished(page)
+    drawn(page, 3, "With preference", "Without")
+    assert page.locator("#gallery img").count() == 3
+    page.wait_for_function("[...document.querySelectorAll('#gallery img')].every(image => image.naturalWidth > 0)")
+    legend = page.locator("#charts .psd-chart").first.locator("li").all_inner_texts()
+    assert [text.rsplit(" ", 1)[0] for text in legend] == page.locator("#gallery figcaption").all_inner_texts()
+
+    page.locator("#left input").click()
+    page.get_by_role("option", name="No negative", exact=True).click()
+    page.get_by_text("No negative (left) | Without (right)").wait_for()
+    drawn(page, 3, "No negative", "Without")
+    page.screenshot(path=tmp_path / "arms.png", full_page=True)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert uninvited(page) == []
+    assert low_contrast(page) == []
+
+    for arm in ("without", "no negative"):
+        page.locator("#arms").get_by_label(arm, exact=True).uncheck()
+    run(page)
+    finished(page)
+    page.locator("#single img").wait_for()
+    for gone in ("#slider", "#chooser", "#gallery img"):
+        assert not page.locator(gone).first.is_visible()
+    assert faults == []
+    page.close()
+
+
+def test_stop_keeps_the_partial_result_and_run_works_again(browser: Browser, app_url: str, tmp_path: Path):
     page, faults = open_page(browser, app_url, 1440, "light")
     set_steps(page, 1000)
     page.get_by_label("Prompt", exact=True).fill(PROMPT)
-    page.locator("#run").click()
-    page.locator("#preview img").wait_for(timeout=RUN_MS)
+    run(page)
+    until(page, "#preview img")
+    page.get_by_label("Prompt", exact=True).press("Shift+Enter")  # as Run, which is disabled
+    page.get_by_text("A run is going on").wait_for()
     page.locator("#stop").click()
-    page.get_by_text("Stopped: the partial result is kept").wait_for(timeout=15_000)
+    finished(page, "Stopped: the partial result is kept")
     page.locator("#slider img").first.wait_for()
-    with page.expect_download() as download:
-        page.locator("#metrics_csv").click()
-    assert Path(download.value.path()).read_text().startswith("step,")
+    rows = saved(page, "metrics.csv, whole run", tmp_path / "metrics.csv").read_text().splitlines()
+    about = json.loads(saved(page, "run.json, whole run", tmp_path / "run.json").read_text())
+    assert rows[0].startswith("step,") and 0 < about["steps_done"] == len(rows) - 1 < 1000
+    assert about["stopped"] in page.locator("#status").inner_text()
 
     set_number(page, "steps", 4)
-    page.locator("#run:enabled").click()
-    page.get_by_text("Done", exact=True).wait_for(timeout=RUN_MS)
+    run(page)
+    finished(page)
     assert faults == []
     page.close()
 
@@ -131,6 +156,7 @@ def test_refusals_links_and_dropped_files(browser: Browser, app_url: str, tmp_pa
     set_steps(page, 3)
     page.get_by_label("Prompt", exact=True).fill(PROMPT)
     page.get_by_label("Randomise seed").uncheck()
+    page.locator("#arms").get_by_label("selection", exact=True).check()
     set_number(page, "seed", 123)
     page.get_by_role("button", name="Share and restore").click()
     link = copied_link(page, "steps=3")
@@ -140,25 +166,56 @@ def test_refusals_links_and_dropped_files(browser: Browser, app_url: str, tmp_pa
         link = copied_link(page, "steps=3")
     assert "steps=3" in link and "seed=123" in link and "gamma" not in link
 
-    page.locator("#run").click()
-    page.get_by_text("Done", exact=True).wait_for(timeout=RUN_MS)
-    with page.expect_download() as download:
-        page.locator("#with_png").click()
-    result = tmp_path / "with.png"
-    download.value.save_as(result)
+    run(page)
+    finished(page)
+    result = saved(page, "PNG, selection", tmp_path / "selection.png")
     page.close()
 
     page, _ = open_page(browser, app_url, 1440, "light", query="&" + link.partition("?")[2])
-    page.wait_for_function("document.querySelector('#seed input')?.value === '123'")
-    assert page.get_by_label("Prompt", exact=True).input_value() == PROMPT
-    assert not page.get_by_label("Randomise seed").is_checked()
+    restored(page)
     page.close()
 
     page, _ = open_page(browser, app_url, 1440, "light")
     page.get_by_role("button", name="Share and restore").click()
     page.locator("#restore input[type=file]").set_input_files(result)
+    restored(page)
+    assert faults == []
+    page.close()
+
+
+def restored(page: Page) -> None:
+    """The form is filled with what the test above has run."""
     page.wait_for_function("document.querySelector('#seed input')?.value === '123'")
     assert page.get_by_label("Prompt", exact=True).input_value() == PROMPT
+    assert not page.get_by_label("Randomise seed").is_checked()
+    ticked = page.locator("#arms input:checked").evaluate_all("boxes => boxes.map(box => box.name || box.value)")
+    assert len(ticked) == 3
+
+
+def test_text_from_outside_is_shown_and_never_taken_for_html(browser: Browser, app_url: str, tmp_path: Path):
+    """A link, a dropped file, a model's name and a prompt with an image of another host: no request goes there."""
+    page, faults = open_page(browser, app_url, 1440, "light", f"&preset={quote(TAG)}")
+    page.get_by_text(f"preset '{TAG}' is not known").wait_for()
+
+    dropped = tmp_path / "run.json"
+    dropped.write_text(json.dumps({"config": {"prompt": "a lamp", "prior": TAG}}))
+    page.get_by_role("button", name="Share and restore").click()
+    page.locator("#restore input[type=file]").set_input_files(dropped)
+    page.get_by_text(f"prior '{TAG}' is not").wait_for()
+
+    page.locator("#reward input").fill(TAG)
+    page.locator("#reward input").press("Tab")
+    page.get_by_label("Prompt", exact=True).fill(f"a lamp {TAG} ${{1 + 1}} {{{{value}}}}")
+    page.locator("#run").click()
+    page.get_by_text("reward '").first.wait_for()
+    page.locator("#reward input").click()
+    page.get_by_role("option", name="toybox/preference", exact=True).click()
+    set_steps(page, 2)
+    run(page)
+    status = finished(page)
+    assert "never trained on" in status and "img" in status
+    page.locator("#history img").first.wait_for()
+    assert page.locator("img[src*='host.invalid']").count() == 0
     assert faults == []
     page.close()
 
@@ -189,97 +246,29 @@ def test_an_object_ends_upright_and_coloured_in_both_viewers(browser: Browser, a
     set_steps(page, 60)
     page.get_by_label("Prompt", exact=True).fill(PROMPT)
     page.get_by_label("Randomise seed").uncheck()
-    page.locator("#run").click()
-    page.locator("#preview img").wait_for(timeout=RUN_MS)
-    page.get_by_text("Done", exact=True).wait_for(timeout=RUN_MS)
-    for arm in ("with", "without"):
-        page.locator(f"#{arm}_video video").wait_for()
-        upright_and_coloured(viewer(page, arm, tmp_path / f"{arm}.png"))
-    assert page.locator("#object_files").get_by_text(".glb").count() >= 2
+    run(page)
+    until(page, "#preview img")
+    finished(page)
+    for side in ("left", "right"):
+        page.locator(f"#{side}_video video").wait_for()
+        upright_and_coloured(viewer(page, side, tmp_path / f"{side}.png"))
+    for name in ("GLB, with preference", "GLB, without"):
+        assert page.get_by_role("link", name=name, exact=True).is_visible()
+    assert uninvited(page) == []
     front = page.locator("#slider img").first.get_attribute("src")
     set_number(page, "angle", 90)
     page.wait_for_function("front => document.querySelector('#slider img').src !== front", arg=front)
 
-    before = {arm: viewer(page, arm, tmp_path / f"{arm}-before.png") for arm in ("with", "without")}
-    box = page.locator("#with_model canvas").bounding_box()
+    before = {side: viewer(page, side, tmp_path / f"{side}-before.png") for side in ("left", "right")}
+    box = page.locator("#left_model canvas").bounding_box()
     page.mouse.move(box["x"] + 0.4 * box["width"], box["y"] + box["height"] / 2)
     page.mouse.down()
     page.mouse.move(box["x"] + 0.6 * box["width"], box["y"] + 0.9 * box["height"], steps=8)
     page.mouse.up()
     page.wait_for_timeout(2000)
-    for arm, picture in before.items():
-        turned = viewer(page, arm, tmp_path / f"{arm}-turned.png")
-        assert np.abs(turned - picture).mean() > 2, f"the object {arm} preference did not turn"
+    for side, picture in before.items():
+        turned = viewer(page, side, tmp_path / f"{side}-turned.png")
+        assert np.abs(turned - picture).mean() > 2, f"the object on the {side} did not turn"
     assert unlabelled(page) == []
     assert faults == []
     page.close()
-
-
-def viewer(page: Page, arm: str, path: Path) -> np.ndarray:
-    """What an arm's viewer shows, float [H, W, 3] of 0 to 255, once there is more than its background."""
-    canvas = page.locator(f"#{arm}_model canvas")
-    canvas.wait_for(timeout=RUN_MS)
-    for _ in range(60):
-        canvas.screenshot(path=path)
-        picture = np.asarray(Image.open(path).convert("RGB")).astype(float)[40:]  # below label and buttons
-        if picture.std((0, 1)).max() > 5:
-            break
-        page.wait_for_timeout(500)
-    return picture
-
-
-def upright_and_coloured(picture: np.ndarray) -> None:
-    """A mushroom: much red, in the middle, and what is neither red nor background is below it."""
-    red = (picture[..., 0] > 90) & (picture[..., 0] > 1.8 * picture[..., 1:].max(-1))
-    background = np.median(picture.reshape(-1, 3), axis=0)
-    rest = (np.abs(picture - background).max(-1) > 25) & ~red
-    assert red.mean() > 0.03, f"{red.mean():.3f} of the viewer is red"
-    rows, columns = np.nonzero(red)
-    assert abs(columns.mean() / picture.shape[1] - 0.5) < 0.1
-    assert np.nonzero(rest)[0].mean() > rows.mean(), "the cap is not above the stem"
-
-
-def copied_link(page: Page, awaited: str) -> str:
-    """The link that Copy link makes once the form's last change has reached it."""
-    box = page.locator("#link textarea, #link input").first
-    for _ in range(30):
-        page.locator("#copy_link").click()
-        page.wait_for_timeout(300)
-        if awaited in box.input_value():
-            break
-    return box.input_value()
-
-
-def unlabelled(page: Page) -> list[str]:
-    """Visible form controls that a screen reader could not name."""
-    return page.evaluate(
-        """() => [...document.querySelectorAll('input, textarea, select, button')].filter(control =>
-            control.offsetParent && control.type !== 'hidden'
-            && !control.labels?.length && !control.closest('label')
-            && !control.getAttribute('aria-label') && !control.getAttribute('aria-labelledby')
-            && !control.title && !control.innerText?.trim()
-        ).map(control => control.outerHTML.slice(0, 160))"""
-    )
-
-
-def low_contrast(page: Page) -> list[str]:
-    """Text of ours below 4.5 : 1 against the nearest opaque background (WCAG AA)."""
-    return page.evaluate(
-        """() => {
-          const rgba = text => { const n = text.match(/[\\d.]+/g).map(Number); return n.length < 4 ? [...n, 1] : n; };
-          const light = ([r, g, b]) => [r, g, b].map(v => v / 255)
-            .map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
-            .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
-          const behind = node => { for (; node; node = node.parentElement) {
-            const colour = rgba(getComputedStyle(node).backgroundColor); if (colour[3] > .99) return colour; }
-            return [255, 255, 255]; };
-          return [...document.querySelectorAll(
-              '.psd-header *, .psd-status *, .psd-chart li, .psd-chart figcaption, .psd-scores th, .psd-scores td,'
-              + '.psd-tag, .psd-estimate, .psd-note p, [data-testid=block-info], #run, .tab-wrapper button')]
-            .filter(node => node.offsetParent && node.innerText?.trim())
-            .map(node => { const [a, b] = [light(rgba(getComputedStyle(node).color)), light(behind(node))];
-              const what = node.className + ': ' + node.innerText.slice(0, 40);
-              return [(Math.max(a, b) + .05) / (Math.min(a, b) + .05), what]; })
-            .filter(([ratio]) => ratio < 4.5).map(([ratio, what]) => ratio.toFixed(1) + ' ' + what);
-        }"""
-    )
