@@ -102,7 +102,7 @@ def test_any_two_of_three_arms_stand_under_the_slider(
     assert page.locator("#gallery img").count() == 3
     page.wait_for_function("[...document.querySelectorAll('#gallery img')].every(image => image.naturalWidth > 0)")
     legend = page.locator("#charts .psd-chart").first.locator("li").all_inner_texts()
-    assert [text.rsplit(" ", 1)[0] for text in legend] == page.locator("#gallery figcaption").all_inner_texts()
+    assert [text.splitlines()[0] for text in legend] == page.locator("#gallery figcaption").all_inner_texts()
 
     page.locator("#left input").click()
     page.get_by_role("option", name="No negative", exact=True).click()
@@ -201,13 +201,13 @@ def test_text_from_outside_is_shown_and_never_taken_for_html(browser: Browser, a
     dropped.write_text(json.dumps({"config": {"prompt": "a lamp", "prior": TAG}}))
     page.get_by_role("button", name="Share and restore").click()
     page.locator("#restore input[type=file]").set_input_files(dropped)
-    page.get_by_text(f"prior '{TAG}' is not").wait_for()
+    page.get_by_text(f"prior '{TAG}' is a path").wait_for()
 
     page.locator("#reward input").fill(TAG)
     page.locator("#reward input").press("Tab")
     page.get_by_label("Prompt", exact=True).fill(f"a lamp {TAG} ${{1 + 1}} {{{{value}}}}")
     page.locator("#run").click()
-    page.get_by_text("reward '").first.wait_for()
+    page.get_by_text("is not known; known: toybox/preference").wait_for()
     page.locator("#reward input").click()
     page.get_by_role("option", name="toybox/preference", exact=True).click()
     set_steps(page, 2)

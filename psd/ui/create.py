@@ -15,7 +15,7 @@ from psd.modes.pictures import TURNTABLE_FRAMES
 from psd.ui import parts
 from psd.ui.examples import Example
 from psd.ui.form import GROUPS, NAMES, control, download_box, model_note
-from psd.ui.show import MODELS, OUTPUTS, SIDES, estimate_of
+from psd.ui.show import MODELS, OUTPUTS, SIDES
 
 IDLE = "Ready. Enter a prompt and press Run."
 HELP = {
@@ -76,7 +76,7 @@ def build_question(prompts: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[
     with gr.Row(elem_classes="pair"):
         form["run"] = gr.Button("Run", variant="primary", size="lg", elem_id="run", scale=3, min_width=0)
         form["stop"] = gr.Button("Stop", variant="stop", size="lg", elem_id="stop", interactive=False, min_width=0)
-    form["estimate"] = html(estimate_of({}), elem_id="estimate")
+    form["estimate"] = html(elem_id="estimate")
     form["prompt_chips"] = gr.Dataset(
         label="Try one", components=[prompt], type="index", elem_id="prompts",
         samples=[[saved["prompt"]] for saved in prompts],

@@ -157,10 +157,10 @@ def show_angle(directory: str | None, pair: Sequence[str], angle_deg: float) -> 
 
 def show_broken(directory: str | None) -> list[Any]:
     """What a run left that ended with an error: the error itself has been said."""
-    result = read(Path(directory)) if directory else Result(Path())
-    if not result.settled:
-        return told("The run broke down.")
-    return show_end(result)
+    if not directory:
+        return told("Nothing was made.")
+    result = read(Path(directory))
+    return show_end(result) if result.settled else told("The run broke down.")
 
 
 def estimate_of(settings: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from psd.record import Result, read, settings_of
 from psd.ui import api
 from psd.ui.create import Page
 from psd.ui.estimate import check_work, note_speed
+from psd.ui.files import is_asked_to_stop
 from psd.ui.form import (
     NAMES,
     checked,
@@ -45,7 +46,7 @@ from psd.ui.show import (
 from psd.ui.watch import clear_errors, fetch, stop, watch
 
 MAX_HISTORY = 12
-DEVICE = {"concurrency_id": "device", "concurrency_limit": 1}
+MAX_WAITING = 16
 PRIVATE = {"api_visibility": "private"}
 LIGHT = {**PRIVATE, "concurrency_limit": 8, "show_progress": "hidden"}
 
@@ -74,8 +75,11 @@ def connect_run(page: Page, models: tuple) -> None:
         prepare, [form["token"], form["randomise"], *asked], [page.controls["seed"], *buttons, *results], **LIGHT
     )
     prepared.success(None, js="() => psd.scroll()", **PRIVATE)
-    fetched = prepared.success(fetch_form, asked, results, **LIGHT)
-    run = fetched.success(run_form, [form["token"], *asked], results, **PRIVATE, **DEVICE, show_progress="hidden")
+    fetched = prepared.success(fetch_form, [form["token"], *asked], results, **LIGHT)
+    # More at once than the device takes: `watch` waits for it, and says so, and can be stopped there.
+    run = fetched.success(
+        run_form, [form["token"], *asked], results, **PRIVATE, concurrency_limit=MAX_WAITING, show_progress="hidden"
+    )
     form["stop"].click(stop_run, form["token"], form["stop"], queue=False, **PRIVATE, show_progress="hidden")
 
     remember = (remember_run, [directory, galleries["history"]], [galleries["history"], galleries["runs"]])
@@ -98,7 +102,7 @@ def connect_form(demo: gr.Blocks, page: Page) -> None:
         lambda mode: gr.update(visible=mode == "3d"), controls["mode"], form["object_settings"], **LIGHT
     )
     gr.on(
-        [controls[name].change for name in ("preset", "steps", "prior", "arms", "time_budget_s")],
+        [demo.load, *(controls[name].change for name in ("preset", "steps", "prior", "arms", "time_budget_s"))],
         lambda *values: estimate_of(named(values)), inputs, form["estimate"], preprocess=False,
         trigger_mode="always_last", **LIGHT,
     )  # fmt: skip
@@ -164,11 +168,13 @@ def prepare(token: str, randomise: bool, *values: Any) -> list[Any]:
     return [config.seed, *running, *show_cleared(config)]
 
 
-def fetch_form(*values: Any) -> Iterator[list[Any]]:
-    """Before the run: the downloads that it needs. The last value is `allow_download`."""
+def fetch_form(token: str, *values: Any) -> Iterator[list[Any]]:
+    """Before the run: the downloads that it needs, until `stop(token)`. The last value is `allow_download`."""
     *settings, allow_download = values
     with clear_errors():
         for view in fetch(checked(named(settings)), allow_download):
+            if is_asked_to_stop(token):
+                raise RequestError("Stopped before the first step.")
             yield show(view)
 
 
