@@ -1,8 +1,10 @@
-"""Gradio entry of the Space and of `make run`: builds the page, serves it, then loads the default models."""
+"""Gradio entry of the Space and of `make run`: builds the page, serves it, then loads and measures the default models."""
 
 from __future__ import annotations
 
 import os
+import signal
+import sys
 import tempfile
 import threading
 
@@ -12,11 +14,13 @@ user = os.getuid() if hasattr(os, "getuid") else "app"
 os.environ.setdefault("GRADIO_TEMP_DIR", os.path.join(tempfile.gettempdir(), f"preference-score-distillation-{user}"))
 
 import spaces  # noqa: E402, F401  before torch: on ZeroGPU it patches it
+from starlette.middleware import Middleware  # noqa: E402
 
 import psd  # noqa: E402, F401  before torch: sets how its threads wait
 from psd.ui import build_demo  # noqa: E402
-from psd.ui.session import ON_ZERO_GPU, warm  # noqa: E402
 from psd.ui.theme import HEAD, STYLE, theme  # noqa: E402
+from psd.ui.uploads import UploadLimit  # noqa: E402
+from psd.ui.watch import ON_ZERO_GPU, abandon_all, warm  # noqa: E402
 
 demo = build_demo()
 demo.queue(default_concurrency_limit=1, max_size=16, api_open=False)
@@ -26,9 +30,22 @@ def launch(**options) -> tuple:
     """Serve the page with the app's own safe settings; `options` are gradio's."""
     settings = dict(
         theme=theme, css_paths=STYLE, head=HEAD, ssr_mode=False, mcp_server=True, max_file_size="10mb",
-        show_error=False, run_history=False, footer_links=["api", "gradio", "settings"],
+        show_error=False, run_history=False, enable_monitoring=False, footer_links=["api", "gradio", "settings"],
+        app_kwargs={"middleware": [Middleware(UploadLimit)]},
     )  # fmt: skip
     return demo.launch(**{**settings, **options})
+
+
+def serve() -> None:
+    """Until Ctrl-C or SIGTERM; runs that are going on then write their numbers."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        # Loading beside the server keeps the page quick to appear, and the first Run quick to start.
+        launch(prevent_thread_lock=True)
+        threading.Thread(target=warm, daemon=True).start()
+        demo.block_thread()
+    finally:
+        abandon_all()
 
 
 if __name__ == "__main__":
@@ -36,7 +53,4 @@ if __name__ == "__main__":
         warm()
         launch()
     else:
-        # Loading beside the server keeps the page quick to appear, and the first Run quick to start.
-        launch(prevent_thread_lock=True)
-        threading.Thread(target=warm, daemon=True).start()
-        demo.block_thread()
+        serve()

@@ -23,7 +23,7 @@ MAX_UPLOADS = 256
 MAX_UPLOADED_BYTES = 500_000_000
 MAX_STOPS = 256
 # Younger entries may belong to a run or an upload still in progress.
-MIN_AGE_S = 900.0
+MIN_AGE_S, MIN_UPLOAD_AGE_S = 900.0, 120.0
 TOKEN = re.compile(r"[0-9a-f]{8,64}")
 
 
@@ -45,7 +45,7 @@ def prune_uploads() -> None:
     to this one is tidied."""
     if os.environ.get("GRADIO_TEMP_DIR"):
         own = (cache_root() / "psd-runs", cache_root() / "psd-stops")
-        prune(cache_root(), MAX_UPLOADS, MAX_UPLOADED_BYTES, keep=own)
+        prune(cache_root(), MAX_UPLOADS, MAX_UPLOADED_BYTES, MIN_UPLOAD_AGE_S, keep=own)
 
 
 def ask_to_stop(token: str) -> None:
