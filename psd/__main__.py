@@ -1,25 +1,28 @@
 """`python -m psd "a red mushroom with a white stem"`: the headless twin of the app.
 
 The flags are RunConfig's fields; every rule about them is `safety.check_request`'s. Draws a progress bar on stderr,
-prints scores and file paths on stdout. Exit status: 0 done, 2 refused, 130 interrupted, 1 anything else.
+prints scores and file paths on stdout. Exit status: 0 done, 1 broken down or without pictures and finite scores, 2
+refused, 130 interrupted (Ctrl-C), 143 terminated.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import secrets
+import signal
 import sys
 from contextlib import closing
 from pathlib import Path
 
-from psd.config import ARMS, FIELDS, MAX_SEED, PRESETS, RunConfig, Setting
+from psd.config import ARMS, FIELDS, MAX_SEED, PRESETS, RunConfig, Setting, arm_names
 from psd.errors import RequestError
 from psd.events import Downloading, Finished, Started, Step
 from psd.models.needs import missing_models, told
 from psd.safety import allowed, check_name, check_request
 
-EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 130, 143
 
 GROUPS = {
     "main": "what to make",
@@ -49,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         config = RunConfig.from_preset(**given)
         check_request(config, allow_local=True)
         make_folder(output)
-        return follow(config, output, quiet, allow_download)
+        return follow(config, Path(output), quiet, allow_download)
     except RequestError as error:
         return complain(error, EXIT_REFUSED)
     except OSError as error:  # a full disk, a lost mount: the machine's trouble, not a bug to trace
@@ -74,11 +77,11 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     other = parser.add_argument_group("output")
     other.add_argument(
-        "--output", type=Path, default=Path("outputs"), metavar="DIR",
+        "--output", default="outputs", metavar="DIR",
         help="Where the run's own folder is made (default: outputs).",
     )  # fmt: skip
     other.add_argument("--quiet", action="store_true", help="No progress bar.")
-    other.add_argument("--list", action="store_true", help="Name presets, priors and rewards, with licence and size.")
+    other.add_argument("--list", action="store_true", help="Name presets, methods, arms, priors, rewards.")
     return parser
 
 
@@ -112,20 +115,23 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(EXIT_REFUSED, f"error: {message.rstrip('.')} (--help names every flag)\n")
 
 
-def make_folder(output: Path) -> None:
+def make_folder(output: str) -> None:
+    if not output.strip():
+        raise RequestError("output is empty: name a folder, for example --output outputs.")
     try:
-        output.mkdir(parents=True, exist_ok=True)
+        Path(output).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         reason = error.strerror or error
-        raise RequestError(f"output {str(output)!r} cannot be made: {reason}; give another --output.") from error
+        raise RequestError(f"output {output!r} cannot be made: {reason}; give another --output.") from error
     if not os.access(output, os.W_OK):
-        raise RequestError(f"output {str(output)!r} cannot be written to; give another --output.")
+        raise RequestError(f"output {output!r} cannot be written to; give another --output.")
 
 
 def follow(config: RunConfig, output: Path, quiet: bool, allow_download: bool) -> int:
     """Drain the run's events into the progress bar, then print what it made."""
     directory = finished = None
-    missing = missing_models(config)
+    missing, arms = missing_models(config), arm_names(config.arms)
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
         from tqdm import tqdm
 
@@ -148,27 +154,52 @@ def follow(config: RunConfig, output: Path, quiet: bool, allow_download: bool) -
                     for warning in event.warnings:
                         bar.write(f"warning: {warning}", file=sys.stderr)
                 elif isinstance(event, Step):
-                    bar.set_postfix_str(describe_rewards(event.metrics), refresh=False)
+                    bar.set_postfix_str(describe_rewards(event.metrics, arms), refresh=False)
                     bar.update(event.step - bar.n)
                 elif isinstance(event, Finished):
                     finished = event
-    except KeyboardInterrupt:
-        kept = f"what was made so far is in {directory}" if directory else "nothing had been made yet"
-        return complain(f"interrupted; {kept}", EXIT_INTERRUPTED)
+    except (KeyboardInterrupt, SystemExit) as error:
+        status = EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else EXIT_TERMINATED
+        return complain(f"interrupted; {kept(directory)}", status)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if finished is None:
         return complain("the run ended without a result", EXIT_FAILED)
     print_results(finished)
-    return 0
+    pictured = any(arm.picture for arm in finished.arms.values())
+    numbers = all(math.isfinite(score) for arm in finished.arms.values() for score in arm.scores.values())
+    return 0 if pictured and numbers and not finished.failed else EXIT_FAILED
+
+
+def terminate(*_: object) -> None:
+    raise SystemExit(EXIT_TERMINATED)
+
+
+def kept(directory: Path | None) -> str:
+    """What an interrupted run has left, and where."""
+    from psd.record import read
+
+    made = read(directory).files if directory else ()
+    if not made:
+        return "nothing had been made yet"
+    return f"what was made so far is in {directory}: {', '.join(path.name for path in made)}"
 
 
 def print_list() -> None:
-    """Presets with what they set, then every prior and reward with licence and size."""
+    """Presets and arms with what they set, methods, then every prior and reward with licence and size."""
+    from psd.methods import METHODS
     from psd.models.priors.table import PRIORS, gpu_memory
     from psd.models.rewards.table import EXAMPLE, REWARDS
 
-    print("presets (--preset)")
-    for name, settings in PRESETS.items():
-        print(f"  {name}: {', '.join(f'{key} {value}' for key, value in settings.items() if key != 'negative_prompt')}")
+    for title, table in {"presets (--preset)": PRESETS, "arms (--arms)": ARMS}.items():
+        print(title)
+        for name, settings in table.items():
+            changed = (f"{key} {value}" for key, value in settings.items() if key != "negative_prompt")
+            print(f"  {name}: {', '.join(changed) or 'the run itself'}")
+        print()
+    print("methods (--method)")
+    for name, info in METHODS.items():
+        print(f"  {name}: {info.about}")
     for title, table in {"priors (--prior)": PRIORS, "rewards (--reward)": REWARDS}.items():
         print(f"\n{title}")
         for name, info in table.items():
@@ -178,25 +209,30 @@ def print_list() -> None:
     print(f"a reward a mixture such as {EXAMPLE!r}.")
 
 
-def describe_rewards(metrics: dict[str, float]) -> str:
+def describe_rewards(metrics: dict[str, float], arms: list[str]) -> str:
     """Rewards of a step, "reward 1.234 with, 1.100 without"; steps that look at no reward have none."""
-    shown = [f"{value:.3f} {arm}" for arm in ARMS if (value := metrics.get(f"reward_{arm}")) is not None]
+    shown = [f"{value:.3f} {arm}" for arm in arms if (value := metrics.get(f"reward_{arm}")) is not None]
     return "reward " + ", ".join(shown) if shown else ""
 
 
 def print_results(finished: Finished) -> None:
-    """Scores as a table (one row a reward, one column an arm), then every file."""
-    arms = list(finished.scores)
-    rewards = list(dict.fromkeys(name for scores in finished.scores.values() for name in scores))
+    """Scores as a table (one row a reward, one column an arm), then every file; what went wrong goes to stderr."""
+    scores = {name: arm.scores for name, arm in finished.arms.items()}
+    rewards = list(dict.fromkeys(name for each in scores.values() for name in each))
     wide = max((len(name) for name in rewards), default=0)
-    print(f"{'score':<{wide}}" + "".join(f"{arm:>12}" for arm in arms))
-    for name in rewards:
-        cells = (finished.scores[arm].get(name) for arm in arms)
-        print(f"{name:<{wide}}" + "".join("-".rjust(12) if cell is None else f"{cell:12.4f}" for cell in cells))
+    columns = {name: max(12, len(name) + 2) for name in scores}
+    print(f"{'score':<{wide}}" + "".join(f"{name:>{column}}" for name, column in columns.items()))
+    for reward in rewards:
+        cells = [f"{each[reward]:.4f}" if reward in each else "-" for each in scores.values()]
+        print(f"{reward:<{wide}}" + "".join(f"{cell:>{column}}" for cell, column in zip(cells, columns.values())))
     print(f"\n{finished.steps_done} steps in {finished.seconds:.1f} s, seed {finished.config.seed}")
     if finished.stopped:
-        print(finished.stopped)
-    for path in dict.fromkeys([*finished.images.values(), *finished.files.values()]):
+        print(finished.stopped, file=sys.stderr if finished.failed else sys.stdout)
+    for remark in finished.remarks:
+        print(f"warning: {remark}", file=sys.stderr)
+    from psd.record import read
+
+    for path in read(finished.directory).files:
         print(path)
 
 
