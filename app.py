@@ -1,4 +1,4 @@
-"""Gradio entry of the Space and of `make run`: builds and serves the page, then loads and measures the default models."""
+"""Gradio entry of the Space and of `make run`: builds and serves the page, then loads and measures default models."""
 
 from __future__ import annotations
 
