@@ -51,12 +51,14 @@ def line_chart(title: str, steps: Sequence[int], series: Sequence[Series], last_
     parts.append(f'<text class="axis" x="{middle}" y="{HEIGHT - 3}" text-anchor="middle">step</text>')
     stride = max(1, math.ceil(len(steps) / MAX_POINTS))
     for line in shown:
-        parts.append(f'<path class="line s-{line.name}" d="{_path(steps[::stride], line.values[::stride], x, y)}"/>')
+        kind = escape(f"s-{line.name}", quote=True)
+        parts.append(f'<path class="line {kind}" d="{_path(steps[::stride], line.values[::stride], x, y)}"/>')
         at, value = [(s, v) for s, v in zip(steps, line.values, strict=True) if math.isfinite(v)][-1]
-        parts.append(f'<circle class="dot s-{line.name}" cx="{x(at):.1f}" cy="{y(value):.1f}" r="3.2"/>')
+        parts.append(f'<circle class="dot {kind}" cx="{x(at):.1f}" cy="{y(value):.1f}" r="3.2"/>')
 
     legend = "".join(
-        f'<li><i class="s-{line.name}"></i>{escape(line.label)} <b>{_last(line.values)}</b></li>' for line in shown
+        f'<li><i class="s-{escape(line.name, quote=True)}"></i>{escape(line.label)} <b>{_last(line.values)}</b></li>'
+        for line in shown
     )
     spoken = escape(f"{title}: " + ", ".join(f"{line.label} {_last(line.values)}" for line in shown), quote=True)
     return (
