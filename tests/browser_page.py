@@ -185,8 +185,9 @@ def low_contrast(page: Page) -> list[str]:
             const colour = rgba(getComputedStyle(node).backgroundColor); if (colour[3] > .99) return colour; }
             return [255, 255, 255]; };
           return [...document.querySelectorAll(
-              '.psd-header *, .psd-status *, .psd-chart li, .psd-chart figcaption, .psd-scores th, .psd-scores td,'
-              + '.psd-tag, .psd-estimate, .psd-note p, [data-testid=block-info], #run, .tab-wrapper button')]
+              '.psd-header *, .psd-status *, .psd-chart li, .psd-chart figcaption, .psd-scores *, .psd-files *,'
+              + '.psd-caption, .psd-grid figcaption, .psd-estimate, .psd-note p, [data-testid=block-info], #run,'
+              + '.tab-wrapper button')]
             .filter(node => node.offsetParent && node.innerText?.trim())
             .map(node => { const [a, b] = [light(rgba(getComputedStyle(node).color)), light(behind(node))];
               const what = node.className + ': ' + node.innerText.slice(0, 40);

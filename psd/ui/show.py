@@ -146,6 +146,11 @@ def show_models(directory: str | None, pair: Sequence[str]) -> list[Any]:
     return changed
 
 
+def show_camera(turned: gr.Model3D) -> dict[str, Any]:
+    """The other viewer's camera, by the one that was turned: gradio hands over the component that is asked for."""
+    return gr.update(camera_position=turned.camera_position)
+
+
 def show_angle(directory: str | None, pair: Sequence[str], angle_deg: float) -> Any:
     """Both objects at an angle of their turntables, side by side under the slider."""
     result, pair = shown_pair(directory, pair)

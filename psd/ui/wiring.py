@@ -38,6 +38,7 @@ from psd.ui.show import (
     show,
     show_angle,
     show_broken,
+    show_camera,
     show_cleared,
     show_end,
     show_models,
@@ -131,8 +132,8 @@ def connect_results(header: gr.HTML, page: Page, models: tuple) -> None:
     turned = dict(zip(MODELS, (header.left_turned, header.right_turned)))
     for one, other in (MODELS, MODELS[::-1]):
         turned[one](
-            lambda viewer: gr.update(camera_position=viewer.camera_position), page.models[one], page.models[other],
-            **PRIVATE, queue=False, trigger_mode="always_last", show_progress="hidden",
+            show_camera, page.models[one], page.models[other], **PRIVATE, queue=False, trigger_mode="always_last",
+            show_progress="hidden",
         )  # fmt: skip
 
     def show_example(event: gr.SelectData) -> list[Any]:
