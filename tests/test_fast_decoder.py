@@ -109,15 +109,14 @@ def test_without_a_network_the_loader_says_so():
 
 
 def test_the_page_shows_it_where_it_is_switched_on():
-    from psd import ui
-    from psd.ui import form
+    from psd.ui import form, wiring
 
     models = (SD15, "hpsv2.1")
     assert "taesd" not in form.model_note(*models) and "MIT" not in form.download_box(*models)["info"]
     note, box = form.model_note(*models, True), form.download_box(*models, True)
-    assert "**madebyollin/taesd** · TAESD decodes what is ranked and previewed. Licence: MIT; 10 MB" in note
+    assert "<b>madebyollin/taesd</b> · TAESD decodes what is ranked and previewed. Licence: MIT; 10 MB" in note
     assert "CreativeML OpenRAIL-M; 4270 MB to download, about 12 GB of GPU memory." in note
-    assert ui.models_chosen(*models, True)[0] == ui.models_used(*models, True)[0] == note
+    assert wiring.models_chosen(*models, True)[0] == wiring.models_used(*models, True)[0] == note
     assert "6260 MB" in box["label"] and "madebyollin/taesd: MIT" in box["info"]
     assert form.model_note("toybox/sd", "hpsv2.1", True) == form.model_note("toybox/sd", "hpsv2.1")
 

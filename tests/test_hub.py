@@ -514,16 +514,16 @@ def test_the_page_asks_with_size_and_licences_only_where_something_would_come(on
     assert "6250 MB" in asked["label"] and "CreativeML OpenRAIL-M" in asked["info"] and "Apache-2.0" in asked["info"]
 
 
-def test_the_page_and_the_api_refuse_in_the_same_sentence(online: None):
+def test_the_page_and_the_api_refuse_in_the_same_sentence(online: None, monkeypatch: pytest.MonkeyPatch):
     import gradio as gr
 
-    from psd import ui
-    from psd.ui import api
+    from psd.ui import api, estimate, wiring
 
+    monkeypatch.setattr(estimate, "MAX_RUN_S", 1e9)  # a CPU takes hours
     values = [PUBLISHED.to_dict()[name] for name in api.NAMES]
     with pytest.raises(gr.Error, match="allow_download must be true for a first run with"):
-        ui.prepare(False, False, *values)
-    assert ui.prepare(False, True, *values)
+        wiring.check_form(*values, False)
+    wiring.check_form(*values, True)
     *others, last = api.validate(*values, False)
     assert not last["is_valid"] and "4270 MB" in last["message"] and all(entry["is_valid"] for entry in others)
     assert all(entry["is_valid"] for entry in api.validate(*values, True))
@@ -531,16 +531,20 @@ def test_the_page_and_the_api_refuse_in_the_same_sentence(online: None):
 
 def test_a_download_is_shown_on_the_page_and_in_the_api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from psd.events import Downloading, Started
-    from psd.ui import api, parts, session
+    from psd.ui import api, files, parts, watch
 
-    def generate(config: RunConfig, output_root: Path, allow_download: bool):
-        assert allow_download
+    def generate(config: RunConfig, output_root: Path, *, allow_download: bool, access: psd_hub.Access, **options):
+        assert allow_download and access == psd_hub.STRANGER and options["deadline_s"] > 0
         yield Downloading("org/name", 340.0, 1980.0)
         yield Started("id", tmp_path, config, ("with",), ())
 
-    monkeypatch.setattr(session, "generate", generate)
-    monkeypatch.setattr(session, "SHOW_EVERY_S", 0.0)
-    _, downloading, started = session.watch(PUBLISHED, allow_download=True)
+    monkeypatch.setattr(watch, "generate", generate)
+    monkeypatch.setattr(watch, "SHOW_EVERY_S", 0.0)
+    monkeypatch.setattr(files, "output_root", lambda: tmp_path)
+    monkeypatch.setattr(watch.estimate, "check_work", lambda config: None)
+    views = watch.watch(PUBLISHED, allow_download=True)
+    _, downloading, started = (next(views) for _ in range(3))
+    views.close()
     shown = parts.run_status(downloading)
     assert "Downloading org/name" in shown and "340 of 1980 MB" in shown and 'aria-valuenow="17"' in shown
     assert api.answer(downloading)[1]["download"] == {"name": "org/name", "done_mb": 340.0, "total_mb": 1980.0}
