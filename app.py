@@ -20,7 +20,7 @@ import psd  # noqa: E402, F401  before torch: sets how its threads wait
 from psd.ui import build_demo  # noqa: E402
 from psd.ui.theme import HEAD, STYLE, theme  # noqa: E402
 from psd.ui.uploads import UploadLimit  # noqa: E402
-from psd.ui.watch import ON_ZERO_GPU, abandon_all, warm  # noqa: E402
+from psd.ui.watch import ON_ZERO_GPU, abandon_all, feel_load, warm  # noqa: E402
 
 demo = build_demo()
 demo.queue(default_concurrency_limit=1, max_size=16, api_open=False)
@@ -36,13 +36,18 @@ def launch(**options) -> tuple:
     return demo.launch(**{**settings, **options})
 
 
+def get_ready() -> None:
+    warm()
+    feel_load()
+
+
 def serve() -> int:
     """Until Ctrl-C or SIGTERM; runs that are going on then write their numbers. The status to exit with."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         # Loading beside the server keeps the page quick to appear, and the first Run quick to start.
         launch(prevent_thread_lock=True)
-        threading.Thread(target=warm, daemon=True).start()
+        threading.Thread(target=get_ready, daemon=True).start()
         demo.block_thread()
     except SystemExit as end:
         abandon_all()

@@ -28,7 +28,8 @@ def unmeasured(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A process that has seen no run, on a machine of one second for ten units of work."""
     monkeypatch.setattr(estimate, "steps", {})
     monkeypatch.setattr(estimate, "exports", {})
-    monkeypatch.setattr(estimate, "pace", lambda: 0.1)
+    monkeypatch.setattr(estimate, "felt", [0.1])
+    monkeypatch.setattr(estimate, "feel", lambda: None)
     return
 
 
@@ -88,6 +89,26 @@ def test_more_work_takes_longer_in_proportion_to_what_was_measured(mode: str, ch
     assert guessed > 1
     estimate.note_speed(config, 30.0, 10)
     assert estimate.step_s(more) == pytest.approx(3.0 * guessed)
+
+
+def test_a_machine_that_has_become_busy_takes_longer():
+    config = CONFIGS["image"]
+    estimate.note_speed(config, 30.0, 10)
+    estimate.note_export(config, 4.0)
+    quiet = estimate.estimate_s(config)
+    estimate.felt[0] = 0.2
+    assert estimate.estimate_s(config) == pytest.approx(2 * quiet)
+    estimate.felt[0] = 0.11  # nobody feels it that exactly
+    assert estimate.estimate_s(config) == pytest.approx(quiet)
+
+
+def test_feeling_the_machine_times_forward_passes(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.undo()
+    ticks = itertools.count(step=estimate.FELT_PASSES * estimate.FORWARD * 0.3)
+    monkeypatch.setattr(estimate, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    monkeypatch.setattr(estimate, "felt", [])
+    estimate.feel()
+    assert estimate.pace() == pytest.approx(0.3)
 
 
 def test_the_nearest_of_the_measured_counts():

@@ -16,7 +16,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from pkgutil import resolve_name
 
@@ -34,7 +33,8 @@ from psd.run import BUDGET_SHARE, MEASURED_STEPS, load
 ON_ZERO_GPU = bool(os.environ.get("SPACES_ZERO_GPU"))
 CGROUP = Path("/sys/fs/cgroup")
 MAX_RUN_S = float(os.environ.get("PSD_MAX_RUN_S", 1800))  # of one caller's run
-WARM_STEPS = 4  # measured at the start, an even number: by default the reward is used every second step of an object
+FELT_PASSES, NOISE = 10, 0.3  # the latter as a logarithm
+WARM_STEPS, WARM_S = 4, 2.0  # at least, in the warm-up; steps of an object go in pairs
 MAX_GPU_S = 120  # asked of ZeroGPU for one run at most; visitors have minutes a day
 LOAD_S = {"toybox": 1.0, "published": 20.0}
 
@@ -72,10 +72,16 @@ class Measured:
 
     config: RunConfig
     step_s: float
+    pace: float  # of the machine then
+
+    @property
+    def now_s(self) -> float:
+        return self.step_s * crowding(self.pace)
 
 
 steps: dict[tuple, Measured] = {}  # the latest of each key, the newest last
-exports: dict[tuple[str, str], float] = {}  # (mode, family) -> seconds of a unit of `export_work`
+exports: dict[tuple[str, str], tuple[float, float]] = {}  # (mode, family) -> seconds of a unit of `export_work`, pace
+felt: list[float] = []  # the latest pace
 
 
 def key_of(config: RunConfig) -> tuple:
@@ -131,47 +137,64 @@ def note_speed(config: RunConfig, seconds: float, steps_done: int) -> None:
     """Remember how long a step of such a run took, on average over `steps_done` of them."""
     if steps_done and math.isfinite(seconds):
         steps.pop(key_of(config), None)
-        steps[key_of(config)] = Measured(config, seconds / steps_done)
+        steps[key_of(config)] = Measured(config, seconds / steps_done, pace())
 
 
 def note_export(config: RunConfig, seconds: float) -> None:
     """Remember how long scores and files of such a run took, all arms together."""
-    exports[config.mode, family_of(config)] = seconds / export_work(config)
+    exports[config.mode, family_of(config)] = seconds / export_work(config), pace()
 
 
 def step_s(config: RunConfig) -> float:
     """Seconds of a step: of the same work, else in proportion to the nearest of its mode, else to one forward pass."""
     if known := steps.get(key_of(config)):
-        return known.step_s
+        return known.now_s
     work, on_gpu = work_of(config), torch.cuda.is_available()
     alike = [each for each in steps.values() if each.config.mode == config.mode]
     if on_gpu:  # where the toybox is bound by launches, and says nothing about arithmetic
         alike = [each for each in alike if family_of(each.config) == family_of(config)]
     if alike:
         nearest = min(reversed(alike), key=lambda each: abs(math.log(work_of(each.config) / work)))
-        return nearest.step_s * work / work_of(nearest.config)
+        return nearest.now_s * work / work_of(nearest.config)
     if on_gpu:
         alone = RunConfig.from_preset(mode=config.mode, prior=config.prior, arms="with")
         return GPU_STEP_S[family_of(config)][config.mode] * work / work_of(alone)
     return pace() * work
 
 
-@cache
 def pace() -> float:
-    """Seconds of a unit of work on this CPU, by the second of two small forward passes."""
+    """Seconds of a unit of work on this CPU, as it was felt last."""
+    if not felt:
+        feel()
+    return felt[0]
+
+
+def feel() -> None:
+    """Time some small forward passes: how quick this machine is now, and how busy with others' work."""
     prior = load_prior("toybox/sd", "cpu")
-    x_t, cond = torch.zeros(1, *prior.latent_shape), prior.embed([""])
-    for _ in range(2):
+    x_t, cond, passes = torch.zeros(1, *prior.latent_shape), prior.embed([""]), 0
+    with torch.no_grad():
+        prior.eps(x_t, 500, cond)  # the first one finds nothing ready
         started = time.monotonic()
-        with torch.no_grad():
+        while passes < FELT_PASSES:
             prior.eps(x_t, 500, cond)
-    return (time.monotonic() - started) / FORWARD
+            passes += 1
+    felt[:] = [(time.monotonic() - started) / passes / FORWARD]
+
+
+def crowding(then: float) -> float:
+    """How much slower the machine is than at a pace before; what may be noise counts as nothing."""
+    ratio = 1.0 if torch.cuda.is_available() else pace() / then
+    return ratio if abs(math.log(ratio)) > NOISE else 1.0
 
 
 def export_s(config: RunConfig) -> float:
     """Seconds of scores and files after the loop."""
-    work, known = export_work(config), exports.get((config.mode, family_of(config)))
-    return work * (known if known else step_s(config) / work_of(config))
+    work = export_work(config)
+    if known := exports.get((config.mode, family_of(config))):
+        unit_s, then = known
+        return work * unit_s * crowding(then)
+    return work * step_s(config) / work_of(config)
 
 
 def estimate_s(config: RunConfig) -> float:
@@ -278,11 +301,12 @@ def container_gb() -> float:
 
 def measuring(mode: str, device: str) -> Iterator[None]:
     """Measure a step of the mode's default preset, and the files of one of its arms; yields between small parts."""
-    config = RunConfig.from_preset(mode=mode, prompt="a red mushroom with a white stem", steps=WARM_STEPS + 1)
+    config = RunConfig.from_preset(mode=mode, prompt="a red mushroom with a white stem", steps=4 * WARM_STEPS + 1)
     models, rewards = load(config, device)
     stage = resolve_name(MODES[mode].stage)(config, arms_of(config), models)
     states, seconds = distil(models.prior, stage), []
-    for _ in range(config.steps):
+    feel()
+    while len(seconds) < config.steps and (len(seconds) <= WARM_STEPS or sum(seconds[1:]) < WARM_S):
         started = time.monotonic()
         next(states)
         stage.preview(stage.views())
@@ -290,7 +314,7 @@ def measuring(mode: str, device: str) -> Iterator[None]:
         yield
     states.close()
     default = RunConfig.from_preset(mode=mode)
-    note_speed(default, sum(seconds[1:]), WARM_STEPS)  # the first pays for what the others find ready
+    note_speed(default, sum(seconds[1:]), len(seconds) - 1)  # the first pays for what the others find ready
     arm, export, about = next(iter(stage.arms)), 0.0, {}
     with tempfile.TemporaryDirectory() as folder:
         parts = [lambda: scores_of(*stage.scored(arm), rewards)]

@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 SHOW_EVERY_S = 0.45
 HEARTBEAT_S = 1.0  # a listener that left is noticed at its next View: one comes this often at least
+FEEL_EVERY_S = 15.0
 LEAVE_S = 5.0  # what an abandoned run may take to write its numbers
 ON_ZERO_GPU = bool(os.environ.get("SPACES_ZERO_GPU"))
 DEVICE = threading.Lock()  # one run at a time, its files included
@@ -89,7 +90,9 @@ def watch(config: RunConfig, allow_download: bool = False, token: str = "") -> I
             yield view
     finally:
         run.abandoned.set()
-        if ON_ZERO_GPU:  # a worker process of one request, without an event loop: its GPU must be idle when it goes
+        if view.finished:  # it has only to give the device back
+            run.join()
+        elif ON_ZERO_GPU:  # a worker process of one request, without an event loop: its GPU must be idle when it goes
             run.join(LEAVE_S)
 
 
@@ -257,6 +260,17 @@ def warm() -> None:
             give_way(estimate.measuring(mode, device))
     except RequestError as error:
         log.warning("default models are not loaded: %s", error)
+
+
+def feel_load() -> None:
+    """Every so often, while no run is going, feel how busy this machine is, for the estimates; without end."""
+    while True:
+        time.sleep(FEEL_EVERY_S)
+        if DEVICE.acquire(blocking=False):
+            try:
+                estimate.feel()
+            finally:
+                DEVICE.release()
 
 
 def give_way(parts: Iterator[None]) -> None:
