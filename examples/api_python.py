@@ -13,7 +13,7 @@ from gradio_client import Client, handle_file
 
 url = sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:7860"
 steps = int(sys.argv[2]) if len(sys.argv) > 2 else 50
-client = Client(url, verbose=False)
+client = Client(url, verbose=False, httpx_kwargs={"timeout": 60})
 
 job = client.submit(prompt="a red mushroom with a white stem", seed=7, steps=steps, api_name="/generate")
 for preview, status, *_ in job:  # job.cancel() stops the run

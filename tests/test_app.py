@@ -31,6 +31,7 @@ from tests import app_server
 EXAMPLES = Path(examples.EXAMPLES)
 PROMPT = "a red mushroom with a white stem"
 LAST_S = 600.0  # of anything that is waited for: a machine that also trains is slow
+PATIENT = {"timeout": LAST_S}
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def app_url(psd_home: Path) -> str:
 
 @pytest.fixture(scope="module")
 def client(app_url: str, tmp_path_factory: pytest.TempPathFactory) -> Client:
-    return Client(app_url, verbose=False, download_files=tmp_path_factory.mktemp("downloads"))
+    return Client(app_url, verbose=False, download_files=tmp_path_factory.mktemp("downloads"), httpx_kwargs=PATIENT)
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +170,7 @@ def test_not_a_number_is_refused(app_url: str):
     # Python's json writes NaN, which the standard forbids and gradio's server reads.
     body = json.dumps({"prompt": PROMPT, "gamma": math.nan})
     answer = httpx.post(
-        f"{app_url}/gradio_api/call/v2/generate", content=body, headers={"Content-Type": "application/json"}
+        f"{app_url}/gradio_api/call/v2/generate", content=body, headers={"Content-Type": "application/json"}, **PATIENT
     )
     assert answer.status_code in (400, 422)
 
@@ -191,7 +192,7 @@ def test_a_client_that_leaves_ends_its_run_and_the_next_one_works(client: Client
 
 def test_two_clients_never_share_a_folder(app_url: str):
     def run(seed: int) -> list[str]:
-        return Client(app_url, verbose=False, download_files=False).predict(
+        return Client(app_url, verbose=False, download_files=False, httpx_kwargs=dict(PATIENT)).predict(
             prompt=PROMPT, steps=2, seed=seed, api_name="/generate"
         )[3]
 
@@ -214,7 +215,10 @@ def test_api_describes_itself(client: Client):
 
 
 def test_mcp_offers_the_same_two_tools_with_every_parameter_explained(app_url: str):
-    tools = {tool["name"].removeprefix("app_"): tool for tool in httpx.get(f"{app_url}/gradio_api/mcp/schema").json()}
+    tools = {
+        tool["name"].removeprefix("app_"): tool
+        for tool in httpx.get(f"{app_url}/gradio_api/mcp/schema", **PATIENT).json()
+    }
     generate = next(tool for name, tool in tools.items() if name.endswith("generate"))
     assert len(tools) == 2
     properties = generate["inputSchema"]["properties"]
@@ -223,12 +227,12 @@ def test_mcp_offers_the_same_two_tools_with_every_parameter_explained(app_url: s
 
 @pytest.mark.parametrize("outside", ["app.py", "/etc/passwd", "../app.py"])
 def test_nothing_but_the_cache_is_served(app_url: str, outside: str):
-    assert httpx.get(f"{app_url}/gradio_api/file={outside}").status_code in (403, 404)
+    assert httpx.get(f"{app_url}/gradio_api/file={outside}", **PATIENT).status_code in (403, 404)
 
 
 @pytest.mark.parametrize("path", ["monitoring", "monitoring/", "monitoring/summary", "monitoring/key"])
 def test_nobody_is_told_how_the_app_is_used(app_url: str, path: str):
-    assert httpx.get(f"{app_url}/{path}", follow_redirects=True).status_code in (403, 404)
+    assert httpx.get(f"{app_url}/{path}", follow_redirects=True, **PATIENT).status_code in (403, 404)
 
 
 @pytest.mark.parametrize(

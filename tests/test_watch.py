@@ -272,7 +272,9 @@ def test_ending_the_app_lets_runs_write_their_numbers(tmp_path: Path, monkeypatc
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     process, url = app_server.start()
     try:
-        job = Client(url, verbose=False, download_files=False).submit(prompt=PROMPT, steps=900, api_name="/generate")
+        job = Client(url, verbose=False, download_files=False, httpx_kwargs={"timeout": 600}).submit(
+            prompt=PROMPT, steps=900, api_name="/generate"
+        )
         give_up = time.monotonic() + app_server.LAST_S
         while not (job.outputs() and job.outputs()[-1][1]["step"] >= 2):
             assert not job.done() and time.monotonic() < give_up, job.outputs()
