@@ -104,7 +104,7 @@ def test_a_machine_that_has_become_busy_takes_longer():
 
 def test_feeling_the_machine_times_forward_passes(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.undo()
-    ticks = itertools.count(step=estimate.FELT_PASSES * estimate.FORWARD * 0.3)
+    ticks = itertools.count(step=estimate.FORWARD * 0.3)
     monkeypatch.setattr(estimate, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
     monkeypatch.setattr(estimate, "felt", [])
     estimate.feel()
@@ -159,7 +159,7 @@ def test_the_first_estimate_agrees_with_the_run(mode: str, tmp_path: Path, monke
     monkeypatch.setattr(time, "monotonic", time.process_time)
     for _ in estimate.measuring(mode, "cpu"):
         pass
-    config = changed(CONFIGS[mode], steps=8)
+    config = changed(CONFIGS[mode], steps={"image": 30, "3d": 8}[mode])
     estimated = estimate.estimate_s(config)
     started = time.process_time()
     list(run.generate(config, tmp_path))
