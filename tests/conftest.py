@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 # Before torch is imported anywhere, and inherited by the processes that tests start.
-os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+os.environ["OMP_WAIT_POLICY"] = "ACTIVE"  # with a short count, as psd sets it
 os.environ["GOMP_SPINCOUNT"] = "3000"
 os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -315,7 +315,7 @@ def test_the_module_refuses_before_torch_is_loaded():
         "status = cli.main([' ']); print(status, os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert done.stdout.split() == ["2", "PASSIVE", "False"]
+    assert done.stdout.split() == ["2", "ACTIVE", "False"]
     done = subprocess.run([sys.executable, "-m", "psd", ""], capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: prompt is empty")
