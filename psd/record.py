@@ -28,7 +28,7 @@ from torch import Tensor
 
 import psd
 from psd.config import RunConfig
-from psd.errors import RequestError
+from psd.errors import Abandoned, RequestError
 from psd.events import ArmResult, Preview
 from psd.export import PNG_KEY, export_json, export_metrics
 from psd.models.priors.table import prior_info
@@ -74,8 +74,8 @@ class Result:
 class Record:
     """Writes one run's folder, on every way out of the run."""
 
-    def __init__(self, directory: Path, config: RunConfig):
-        self.directory, self.config = directory, config
+    def __init__(self, directory: Path, config: RunConfig, heard: Callable[[], bool] = lambda: True):
+        self.directory, self.config, self.heard = directory, config, heard
         self.rows: list[dict[str, float]] = []
         self.arms: dict[str, ArmResult] = {}
         self.remarks: list[str] = []
@@ -106,6 +106,11 @@ class Record:
             about = self._manifest(state, seconds, stopped, failed)
             self._guarded(MANIFEST, lambda about=about: export_json(self.directory / MANIFEST, about))
 
+    def check_heard(self) -> None:
+        """Raise Abandoned where nobody waits any more: no further file is worth its seconds."""
+        if not self.heard():
+            raise Abandoned
+
     def _write_arm(self, stage: Stage, name: str, rewards: dict[str, Reward]) -> None:
         scores: dict[str, float] = {}
         if rewards:
@@ -113,6 +118,7 @@ class Record:
         result = ArmResult(None, scores, {}, {})
         about = {**self.config.to_dict(), "arm": name, "scores": scores}
         for artefact in stage.artefacts(name):
+            self.check_heard()
             path = self.directory / f"{name}{KINDS[artefact.kind]}"
 
             def write(artefact=artefact, path=path) -> None:

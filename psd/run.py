@@ -51,21 +51,26 @@ def generate(
     access: Access = OWNER,
     deadline_s: float | None = None,
     stop: Callable[[], str] = lambda: "",
+    heard: Callable[[], bool] = lambda: True,
 ) -> Iterator[Event]:
     """Run `config`; yields Downloading, Started, Steps with Previews, Finished (psd.events).
 
     Files go to a new folder under `output_root` ("outputs"). `deadline_s` ends the loop as the config's own budget
-    does; `stop` is asked after each step, and ends it with the sentence that it answers. Raises RequestError, with one
+    does; `stop` is asked after each step, and ends it with the sentence that it answers; `heard` is asked after each
+    step and before each file, and where nobody listens any more Abandoned is raised. Raises RequestError, with one
     sentence, before anything heavy for a bad request and while loading for missing weights.
     """
     check_request(config, allow_local=access == OWNER)
-    yield from fetch_models(config, allow_download, access)
+    for downloading in fetch_models(config, allow_download, access):
+        if not heard():
+            raise Abandoned
+        yield downloading
     clock = Clock(config, deadline_s)  # loading counts
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     models, rewards = load(config, device)
     stage: Stage = resolve_name(MODES[config.mode].stage)(config, arms_of(config), models)
     rewards[config.reward] = measure = measuring(stage)
-    record = Record(Path(output_root or "outputs") / uuid.uuid4().hex[:12], config)
+    record = Record(Path(output_root or "outputs") / uuid.uuid4().hex[:12], config, heard)
     states, stopped, failed = distil(models.prior, stage), "", False
     clock.start()
     try:
@@ -76,6 +81,7 @@ def generate(
                 stopped, failed = state.failure, True
                 break
             yield from told(state, stage, measure, record.rows, clock)
+            record.check_heard()
             if state.step < config.steps and (stopped := clock.over(state.step) or stop()):
                 break
         seconds = clock.seconds

@@ -222,6 +222,18 @@ def test_a_run_that_nobody_hears_writes_its_numbers_alone(tmp_path: Path):
     assert sorted(path.name for path in directory.iterdir()) == ["metrics.csv", "run.json"]
 
 
+@pytest.mark.parametrize(("asked", "files"), [(3, []), (7, []), (8, ["with.png"])])
+def test_nobody_is_asked_for_after_each_step_and_before_each_file(asked: int, files: list[str], tmp_path: Path):
+    """Six steps, then a picture of each arm; nobody hears from the `asked`-th question on."""
+    heard = iter([True] * (asked - 1) + [False])
+    with pytest.raises(Abandoned):
+        list(generate(CONFIG, tmp_path, heard=lambda: next(heard)))
+    (directory,) = tmp_path.iterdir()
+    found = record.read(directory)
+    assert found.state == "abandoned" and found.steps_done == min(asked, 6)
+    assert sorted(path.name for path in directory.iterdir()) == sorted(["metrics.csv", "run.json", *files])
+
+
 def test_an_artefact_that_fails_is_a_remark_and_the_others_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     export = image.export_png
 

@@ -49,11 +49,15 @@ class Runs:
                 self.steps.get(timeout=LAST_S)
                 if self.fail:
                     raise self.fail
+                if not asked["heard"]():
+                    raise Abandoned
                 yield Step(step, config.steps, 0.1 * step, 0.0, {"reward_with": float(step)})
                 yield Preview(step, np.zeros((4, 8, 3), np.uint8))
                 if sentence := asked["stop"]():
                     break
             assert self.export.wait(LAST_S)
+            if not asked["heard"]():
+                raise Abandoned
             yield Finished("id", self.root, config, {}, step, 0.1 * step, sentence)
             end = sentence or "done"
         except Abandoned:
@@ -132,7 +136,7 @@ def test_leaving_during_the_export_blocks_nothing_and_the_next_run_waits_for_it(
     runs.let_go(5)
     runs.export.set()
     *_, last = following
-    assert last.finished and runs.ended == ["done", "done"]
+    assert last.finished and runs.ended == ["abandoned", "done"]
 
 
 def test_a_stop_lets_the_run_write_everything(runs: Runs):

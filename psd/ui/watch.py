@@ -64,7 +64,7 @@ class View:
 def watch(config: RunConfig, allow_download: bool = False, token: str = "") -> Iterator[View]:
     """Run a checked `config` and yield a View at the start, at the first preview, at 1-2 Hz and at the end.
 
-    Closing it returns at once and abandons the run: it ends after its step, with numbers and without results.
+    Closing it returns at once and abandons the run: it ends after its step or its file, with numbers alone.
     `stop(token)` ends it after its step with results, and the stream with a finished View. Raises RequestError.
     """
     view = View(config)
@@ -156,12 +156,10 @@ class Run(threading.Thread):
         view, rows, shown_at, stepped_at = View(self.config), [], 0.0, time.monotonic()
         events = generate(
             self.config, files.output_root(), allow_download=self.allow_download, access=STRANGER,
-            deadline_s=self.deadline_s, stop=self.stopped,
+            deadline_s=self.deadline_s, stop=self.stopped, heard=lambda: not self.abandoned.is_set(),
         )  # fmt: skip
         with contextlib.closing(events):
             for event in events:
-                if self.abandoned.is_set() and not isinstance(event, Finished):
-                    events.throw(Abandoned())
                 urgent = isinstance(event, Started | Finished) or (isinstance(event, Preview) and view.preview is None)
                 view = seen(view, event, rows)
                 if isinstance(event, Step):

@@ -89,8 +89,11 @@ def connect_run(page: Page, models: tuple) -> None:
     ended = run.success(idle, None, buttons, **LIGHT)
     broken = run.failure(show_broken, directory, results, **LIGHT).then(idle, None, buttons, **LIGHT)
     fetched.failure(show_broken, directory, results, **LIGHT).then(idle, None, buttons, **LIGHT)
+    estimate = (lambda *values: estimate_of(named(values)), inputs, form["estimate"])
     for end in (ended, broken):
-        end.then(*models, **LIGHT).then(*remember, **LIGHT).then(*notes, **LIGHT)
+        end.then(*models, **LIGHT).then(*remember, **LIGHT).then(*notes, **LIGHT).then(
+            *estimate, preprocess=False, **LIGHT
+        )
 
 
 def connect_form(demo: gr.Blocks, page: Page) -> None:
