@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 
 ROOT = Path(__file__).resolve().parents[1]
+MAX_RUN_S = "5000"  # on a machine thirty times slower than most a short run is still one
 LAST_S = 600.0  # a machine that also trains is slow
 
 
@@ -30,7 +31,9 @@ def start() -> tuple[subprocess.Popen, str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = os.environ | {"GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_SERVER_PORT": str(port)}
+    environment = os.environ | {
+        "GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_SERVER_PORT": str(port), "PSD_MAX_RUN_S": MAX_RUN_S,
+    }  # fmt: skip
     process = subprocess.Popen([sys.executable, "app.py"], cwd=ROOT, env=environment)
     url, give_up = f"http://127.0.0.1:{port}", time.monotonic() + LAST_S
     while True:

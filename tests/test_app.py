@@ -162,7 +162,9 @@ def test_bad_requests_are_refused_in_one_sentence(client: Client, request_: dict
 
 def test_what_would_take_too_long_is_refused_before_the_queue(client: Client):
     with pytest.raises(ValidationError) as refusal:
-        client.predict(prompt=PROMPT, preset="toybox-fast", mode="3d", steps=20_000, image_size=0, api_name="/generate")
+        client.predict(
+            prompt=PROMPT, preset="toybox-fast", mode="3d", steps=20_000, render_size=256, api_name="/generate"
+        )
     assert "This run would take about" in str(refusal.value) and "lower steps to about" in str(refusal.value)
 
 

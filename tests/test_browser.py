@@ -221,7 +221,7 @@ def test_text_from_outside_is_shown_and_never_taken_for_html(browser: Browser, a
 
 
 def test_a_download_is_asked_for_with_size_and_licences(browser: Browser, app_url: str):
-    page, faults = open_page(browser, app_url, 390, "light", "&prompt=a+lamp&preset=sd15-paper&steps=4")
+    page, faults = open_page(browser, app_url, 390, "light", "&prompt=a+lamp&preset=sd15-paper&steps=2&arms=with")
     box = page.get_by_label("Download 6250 MB first, once")
     box.wait_for()
     assert not box.is_checked()
