@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pkgutil import resolve_name
 from typing import Any, NamedTuple, no_type_check
 
 MAX_PROMPT_CHARS = 1000
@@ -200,6 +201,9 @@ class ModeInfo(NamedTuple):
     stage: str
     label: str
     multi_view: bool = False  # whether its prior must see several views at once
+
+    def load(self) -> type:
+        return resolve_name(self.stage)
 
 
 # What can be made. A new mode is a class that answers psd.contracts.Stage and a row here.

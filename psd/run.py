@@ -13,7 +13,6 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from pkgutil import resolve_name
 
 import torch
 from jaxtyping import Float
@@ -68,7 +67,7 @@ def generate(
     clock = Clock(config, deadline_s)  # loading counts
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     models, rewards = load(config, device)
-    stage: Stage = resolve_name(MODES[config.mode].stage)(config, arms_of(config), models)
+    stage: Stage = MODES[config.mode].load()(config, arms_of(config), models)
     rewards[config.reward] = measure = measuring(stage)
     record = Record(Path(output_root or "outputs") / uuid.uuid4().hex[:12], config, heard)
     states, stopped, failed = distil(models.prior, stage), "", False

@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
-from pkgutil import resolve_name
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -164,7 +163,7 @@ class Models(NamedTuple):
         """The steps of one arm, as psd.run makes them."""
         ranked_by = self.fast_decoder if config.fast_decoder else self.prior.decode
         loaded = Loaded(self.prior, self.reward, ranked_by)
-        stage: Stage = resolve_name(MODES[config.mode].stage)(config, {"with": config}, loaded)
+        stage: Stage = MODES[config.mode].load()(config, {"with": config}, loaded)
         return distil(self.prior, stage)
 
 

@@ -19,7 +19,7 @@ from jaxtyping import Float, Float32, UInt8
 from PIL import Image
 
 from psd.errors import RequestError
-from psd.export import write_file
+from psd.export import to_json, write_file
 from psd.scene.mesh import Mesh
 from psd.scene.raster import MeshScene
 
@@ -74,7 +74,7 @@ def export_glb(mesh: Mesh, path: Path, extras: dict[str, Any]) -> None:
         process=False,
     )
     # Through JSON first: trimesh would write what JSON does not know in its own way, and NaN makes browsers refuse all.
-    extras = json.loads(json.dumps(extras), parse_constant=lambda _: None)
+    extras = json.loads(to_json(extras))
 
     def finish(tree: dict[str, Any]) -> None:
         tree["asset"]["extras"] = {EXTRAS_KEY: extras}

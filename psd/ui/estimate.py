@@ -17,7 +17,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from pkgutil import resolve_name
 from statistics import median
 
 import torch
@@ -303,7 +302,7 @@ def measuring(mode: str, device: str) -> Iterator[None]:
     """Measure a step of the mode's default preset, and the files of one of its arms; yields between small parts."""
     config = RunConfig.from_preset(mode=mode, prompt="a red mushroom with a white stem", steps=4 * WARM_STEPS + 1)
     models, rewards = load(config, device)
-    stage = resolve_name(MODES[mode].stage)(config, arms_of(config), models)
+    stage = MODES[mode].load()(config, arms_of(config), models)
     states, seconds = distil(models.prior, stage), []
     feel()
     while len(seconds) < config.steps and (len(seconds) <= WARM_STEPS or sum(seconds[1:]) < WARM_S):

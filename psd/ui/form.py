@@ -15,12 +15,11 @@ import gradio as gr
 
 from psd.config import ARMS, FIELDS, MAX_PROMPT_CHARS, PRESETS, RunConfig, Setting, arm_names, todays
 from psd.errors import RequestError, shown
-from psd.methods import METHODS
 from psd.models.hub import is_cached, is_hub_id
 from psd.models.needs import models_of
 from psd.models.priors.table import PRIORS, DecoderInfo, PriorInfo, gpu_memory
 from psd.models.rewards.table import REWARDS, RewardInfo, reward_terms
-from psd.safety import check_name, check_request
+from psd.safety import check_name, check_request, names_of
 
 NAMES = tuple(FIELDS)
 GROUPS = {
@@ -69,7 +68,7 @@ def control(name: str) -> gr.components.Component:
     if name == "arms":
         common["value"] = arm_names(field.default)
         return gr.CheckboxGroup([(arm_label(arm), arm) for arm in ARMS], **common)
-    if choices := field.choices or tuple({"method": METHODS}.get(name, ())):
+    if choices := names_of(field):
         return gr.Radio(list(choices), **common)
     if isinstance(field.default, bool):
         return gr.Checkbox(**common)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-import os
 import queue
 import secrets
 import threading
@@ -41,7 +40,7 @@ SHOW_EVERY_S = 0.45
 HEARTBEAT_S = 1.0  # a listener that left is noticed at its next View: one comes this often at least
 FEEL_EVERY_S = 15.0
 LEAVE_S = 5.0  # what an abandoned run may take to write its numbers
-ON_ZERO_GPU = bool(os.environ.get("SPACES_ZERO_GPU"))
+ON_ZERO_GPU = estimate.ON_ZERO_GPU
 DEVICE = threading.Lock()  # one run at a time, its files included
 running: set[Run] = set()
 
