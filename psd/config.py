@@ -233,7 +233,8 @@ def arms_of(config: RunConfig) -> dict[str, RunConfig]:
     return {name: dataclasses.replace(config, **ARMS[name]) for name in arm_names(config.arms)}
 
 
-TOYBOX = dict(prior="toybox/sd", reward="toybox/preference")
+TOYBOX_NEGATIVE = "low quality, faded, dim, plain, blurry, tilted"  # the dull ends of psd.toybox.taste
+TOYBOX = dict(prior="toybox/sd", reward="toybox/preference", negative_prompt=TOYBOX_NEGATIVE)
 SD_NEGATIVE = "ugly, blurry, low quality, lowres, deformed, bad anatomy, artifacts"
 
 MVDREAM_NEGATIVE = (
@@ -267,7 +268,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         negative_prompt=SD_NEGATIVE, fast_decoder=True,
     ),
     "toybox-fast": dict(
-        mode="3d", prior="toybox/mvdream", reward="toybox/preference", steps=100, gamma=2.5, weighting="recon",
+        **TOYBOX | dict(mode="3d", prior="toybox/mvdream"), steps=100, gamma=2.5, weighting="recon",
         pref_weight=0.6, pref_interval=2, negative_lr=3e-3, lr=0.3, samples=24, lambda_rgb=0.3,
         lambda_opacity=60.0, lambda_solid=600.0, lambda_smooth=0.005, mesh_faces=12_000,
     ),

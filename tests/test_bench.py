@@ -17,7 +17,9 @@ from psd.events import Preview
 from psd.run import generate
 from psd.scene.cameras import Cameras
 from psd.toybox import world
+from psd.toybox.dataset import heldout_scenes
 from psd.toybox.facts import GROUPS, labels
+from psd.toybox.taste import AXES
 from psd.toybox.views import AZIMUTHS, FOVY_DEG, draw_group, group
 
 CHAIR, LAMP = (world.Scene(world.Thing(kind, "blue")) for kind in ("chair", "lamp"))
@@ -67,12 +69,22 @@ def test_the_table_states_paired_differences():
     ).splitlines()
     assert lines[0] == "| arm | reward | seconds |"
     assert lines[2].startswith("| plain | 2.0 [") and lines[2].endswith("| 1 |") and "<br>" not in lines[2]
-    assert "<br>+1.0 [+1.0, +1.0]" in lines[3]
+    assert "<br>+1.0 [+1.0, +1.0] (+1.00 sd, p = " in lines[3]
+
+
+def test_the_p_value_by_hand():
+    """Of the 2^10 signs of ten equal differences two reach as far; of two opposite ones all do."""
+    equal = np.ones((10, 3))
+    assert paired.p_value(equal) == pytest.approx(2 / 2**10, abs=1e-3)
+    assert paired.p_value(np.array([[1.0], [-1.0]])) == 1.0
+    assert paired.p_value(np.random.default_rng(0).normal(1, 0.5, (40, 2))) < 1e-3
+    more = np.arange(60.0).reshape(20, 3)
+    assert paired.change(more + 1, more, 1).endswith("(+0.06 sd, p < 0.001)")
 
 
 def test_jobs_come_back_under_their_prompt_and_seed(tmp_path: Path):
-    scenes = paired.heldout_scenes(3)
-    assert [world.caption(s) for s in scenes] == [world.caption(s) for s in paired.heldout_scenes(5)[:3]]
+    scenes = heldout_scenes(3, 92)
+    assert [world.caption(s) for s in scenes] == [world.caption(s) for s in heldout_scenes(5, 92)[:3]]
     order = {world.caption(s): i for i, s in enumerate(scenes)}
 
     def run_batch(jobs: list[paired.Job]) -> paired.Values:
@@ -91,13 +103,13 @@ def test_jobs_come_back_under_their_prompt_and_seed(tmp_path: Path):
 
 def test_pictures_are_judged_again_without_being_made(tmp_path: Path):
     """And as they were: what is written is what is judged."""
-    jobs = [(scene, 0) for scene in paired.heldout_scenes(2)]
+    jobs = [(scene, 0) for scene in heldout_scenes(2, 92)]
     made = [{arm: torch.rand(3, 3, 64, 64) for arm in ("plain", "full")} for _ in jobs]
     brightness = lambda views, scene: {"brightness": views.mean().item()}  # noqa: E731
     config, common = RunConfig.from_preset("toybox-fast"), ("cpu", tmp_path)
     first = paired.run_batch(lambda *_: made, brightness, config, *common, False, jobs)
     second = paired.run_batch(lambda *_: pytest.fail("made again"), brightness, config, *common, True, jobs)
-    assert first == second and set(first["full"]) == {"target", "judge", "brightness"}
+    assert first == second and set(first["full"]) == {"target", "judge", "brightness", *AXES}
     for job, pictures in enumerate(made):
         for arm, views in pictures.items():
             assert first[arm]["brightness"][job] == pytest.approx(views.mean().item(), abs=2e-3)
@@ -115,11 +127,20 @@ BEYOND_FULL_PSD = {
         "negative embedding alone": dict(method="negative"),
         "full PSD, paper's form": dict(pref_form="paper"),
         "full PSD, centred": {},
+        "full PSD, n at 0.001": dict(negative_lr=1e-3),
+        "full PSD, n at 0.01": dict(negative_lr=1e-2),
+        "full PSD, n at 0.04": dict(negative_lr=4e-2),
     },
     scene: {
         "without preference": dict(method="sds"),
-        "delta_pref only": dict(negative_lr=0.0),
+        "winner selection alone": dict(pref_weight=0.0, negative_lr=0.0),
+        "delta_pref, paper's form": dict(negative_lr=0.0, pref_form="paper"),
+        "delta_pref, centred": dict(negative_lr=0.0),
+        "negative embedding alone": dict(method="negative"),
         "full PSD": {},
+        "full PSD, n at 0.001": dict(negative_lr=1e-3),
+        "full PSD, n at 0.01": dict(negative_lr=1e-2),
+        "full PSD, n at 0.04": dict(negative_lr=4e-2),
     },
 }
 
@@ -146,14 +167,15 @@ def test_a_run_that_breaks_down_is_no_row_of_a_table(monkeypatch, bench, stage):
 
 def test_the_world_s_own_object_is_what_the_prior_s_views_look_like():
     """As drawn for the training groups, from any cameras."""
-    drawn, _ = group(90, 0, heldout=True)
+    index = next(i for i in range(100) if group(90, i, heldout=True)[0].scene.taste.framing == 1)  # stands in its place
+    drawn, _ = group(90, index, heldout=True)
     others = (torch.full((4,), float(value)) for value in (drawn.elevation_deg, drawn.distance, FOVY_DEG))
     cameras = Cameras.around(torch.tensor(drawn.azimuth_deg), *others)
-    views = scene.true_views(drawn.example.scene, 0, cameras, 128)
+    views = scene.true_views(drawn.scene, 0, cameras, 128)
     assert views.shape == (4, 3, 128, 128)
-    original = torch.from_numpy(draw_group(90, 0, heldout=True)).permute(0, 3, 1, 2) / 255
+    original = torch.from_numpy(draw_group(90, index, heldout=True)).permute(0, 3, 1, 2) / 255
     # Another instance of it: the same but for 4 % of its measures. Seen from 10 degrees beside it would be 0.015.
-    assert (views - original).abs().mean() < 0.012
+    assert (views - original).abs().mean() < 0.014
 
 
 @pytest.mark.parametrize(("platform", "peak"), [("linux", 512_000), ("darwin", 512_000_000)])

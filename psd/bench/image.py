@@ -1,4 +1,4 @@
-"""The image mode's table: eight arms over held-out prompts and seeds."""
+"""The image mode's table: every arm and three learning rates of n over held-out prompts and seeds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from psd.bench.paired import COST_PROMPT, JUDGED, Column, Job, Pictures, Rows, load_models, rows_of, run_to_end
+from psd.bench.paired import (
+    COST_PROMPT,
+    JUDGED,
+    NEGATIVE_RATES,
+    Column,
+    Job,
+    Pictures,
+    Rows,
+    load_models,
+    rows_of,
+    run_to_end,
+)
 from psd.config import RunConfig
 from psd.modes.image import ImageStage
 from psd.toybox import world
@@ -28,6 +39,7 @@ ROWS: Rows = {
     "negative embedding alone": ("negative-only", {}),
     "full PSD, paper's form": ("paper-form", {}),
     "full PSD, centred": ("with", dict(pref_form="centred")),
+    **{f"full PSD, n at {rate:g}": ("with", dict(negative_lr=rate)) for rate in NEGATIVE_RATES},
 }
 
 

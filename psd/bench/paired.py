@@ -28,11 +28,13 @@ from psd.export import PNG_KEY, export_png, to_uint8
 from psd.models.priors import load_prior
 from psd.models.rewards import load_reward
 from psd.toybox import world
+from psd.toybox.instruments import load_instruments
 from psd.toybox.pairs import to_pixels
 from psd.toybox.pictures import sheet
+from psd.toybox.taste import AXES
 
-PROMPT_SEED = 92  # held-out scenes of the tables; defaults were tuned on others (93)
 COST_PROMPT = "a red mushroom with a white stem"
+NEGATIVE_RATES = (1e-3, 1e-2, 4e-2)  # of n: the paper's Fig. 3; at the largest the reward is hacked
 
 
 class Column(NamedTuple):
@@ -40,7 +42,10 @@ class Column(NamedTuple):
     digits: int
 
 
-JUDGED = {"target": Column("target reward", 2), "judge": Column("held-out judge", 2)}  # what every table measures
+# What every table measures: the rewards' means, and the instruments' axes of taste.
+JUDGED = {"target": Column("target reward", 2), "judge": Column("held-out judge", 2)} | {
+    axis: Column(axis, 2) for axis in AXES
+}
 
 Rows = dict[str, tuple[str, dict[str, Any]]]  # title -> a name of psd.config.ARMS, and settings beyond that arm's
 Job = tuple[world.Scene, int]  # a scene and a seed
@@ -65,10 +70,6 @@ def run_to_end(prior: Prior, stage: Stage) -> None:
     for state in distil(prior, stage):
         if state.failure:
             raise RuntimeError(state.failure)
-
-
-def heldout_scenes(count: int, seed: int = PROMPT_SEED) -> list[world.Scene]:
-    return [world.sample_scene(np.random.default_rng([seed, i]), heldout=True) for i in range(count)]
 
 
 def measure(
@@ -106,6 +107,7 @@ def run_batch(
         for job, pictures in zip(jobs, make(config, device, jobs), strict=True):
             save_pictures(folder, job, pictures)
     rewards = {"target": load_reward(config.reward, device), "judge": load_reward("toybox/judge", device)}
+    instruments = load_instruments(device)
     found = {}
     for job in jobs:
         prompt = world.caption(job[0])
@@ -115,6 +117,7 @@ def run_batch(
                 values = {
                     column: score(views, [prompt] * len(views)).mean().item() for column, score in rewards.items()
                 }
+                values |= dict(zip(instruments.axes, instruments(views).mean(0).tolist()))
                 values |= seen_in(views, job[0])
             for column, value in values.items():
                 found.setdefault(name, {}).setdefault(column, []).append(value)
@@ -160,6 +163,23 @@ def interval(values: Float[np.ndarray, "P S"], draws: int = 4000) -> tuple[float
     return float(prompts.mean()), float(low), float(high)
 
 
+def p_value(values: Float[np.ndarray, "P S"], draws: int = 20000) -> float:
+    """Two-sided, that the mean is 0: the share of random signs of the prompts' means that reach as far."""
+    prompts = values.mean(1)
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], (draws, len(prompts)))
+    reached = np.abs(signs @ prompts) >= np.abs(prompts.sum()) * (1 - 1e-12)
+    return float((reached.sum() + 1) / (draws + 1))
+
+
+def change(values: Float[np.ndarray, "P S"], plain: Float[np.ndarray, "P S"], digits: int) -> str:
+    """Paired difference with its interval, in standard deviations of the plain arm's values, and its p."""
+    mean, low, high = interval(values - plain)
+    p, spread = p_value(values - plain), plain.std()
+    sizes = [f"{mean / spread:+.2f} sd"] if spread > 0 else []
+    sizes.append("p < 0.001" if p < 1e-3 else f"p = {p:.2g}")
+    return f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}] ({', '.join(sizes)})"
+
+
 def table(found: Found, columns: dict[str, Column], extra: dict[str, dict[str, str]]) -> str:
     """Markdown: means with intervals, paired differences to the first row, then `extra` (column -> row -> cell)."""
     titles, plain = ["arm", *(column.title for column in columns.values()), *extra], next(iter(found))
@@ -170,8 +190,7 @@ def table(found: Found, columns: dict[str, Column], extra: dict[str, dict[str, s
             mean, low, high = interval(values[name])
             cell = f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
             if arm != plain:
-                mean, low, high = interval(values[name] - found[plain][name])
-                cell += f"<br>{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+                cell += f"<br>{change(values[name], found[plain][name], digits)}"
             cells.append(cell)
         cells += [cell_of.get(arm, "") for cell_of in extra.values()]
         lines.append(f"| {arm} | {' | '.join(cells)} |")

@@ -1,4 +1,4 @@
-"""The 3D mode's table: three arms over held-out prompts and seeds, each object judged from twelve sides."""
+"""The 3D mode's table: every arm and three learning rates of n, each object judged from twelve sides."""
 
 from __future__ import annotations
 
@@ -17,7 +17,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from psd.bench.paired import COST_PROMPT, JUDGED, Column, Job, Pictures, Rows, load_models, rows_of, run_to_end
+from psd.bench.paired import (
+    COST_PROMPT,
+    JUDGED,
+    NEGATIVE_RATES,
+    Column,
+    Job,
+    Pictures,
+    Rows,
+    load_models,
+    rows_of,
+    run_to_end,
+)
 from psd.config import RunConfig
 from psd.events import Preview
 from psd.models.hub import Source
@@ -29,7 +40,7 @@ from psd.toybox import world
 from psd.toybox.classifier import load_attributes
 from psd.toybox.facts import GROUPS, check_facts, kind_right, read_facts
 from psd.toybox.pairs import to_pixels
-from psd.toybox.raster import render
+from psd.toybox.views import draw_views
 
 PRESET, PROMPTS, SEEDS, BATCH = "toybox-fast", 20, 2, 1
 SHEET_COLUMNS, SHOWN_EVERY = 4, 3
@@ -42,8 +53,12 @@ COLUMNS = JUDGED | {
 }
 ROWS: Rows = {
     "without preference": ("without", {}),
-    "delta_pref only": ("no-negative", {}),
+    "winner selection alone": ("selection", {}),
+    "delta_pref, paper's form": ("no-negative", dict(pref_form="paper")),
+    "delta_pref, centred": ("no-negative", dict(pref_form="centred")),
+    "negative embedding alone": ("negative-only", {}),
     "full PSD": ("with", {}),
+    **{f"full PSD, n at {rate:g}": ("with", dict(negative_lr=rate)) for rate in NEGATIVE_RATES},
 }
 
 
@@ -62,9 +77,7 @@ def make(config: RunConfig, device: str, jobs: list[Job]) -> list[Pictures]:
 
 def true_views(scene: world.Scene, seed: int, cameras: Cameras, size: int) -> Float[Tensor, "V 3 S S"]:
     """One instance of the scene, as the toybox draws it, from `cameras`; in [0, 1]."""
-    surfaces = world.build(scene, np.random.default_rng(seed))
-    fovy_deg = float(cameras.fovy_deg[0])
-    images = np.stack([render(surfaces, pose, size, fovy_deg) for pose in cameras.c2w.cpu().numpy()])
+    images = draw_views(scene, np.random.default_rng(seed), cameras.c2w.cpu().numpy(), size, float(cameras.fovy_deg[0]))
     return to_pixels(images, torch.device("cpu"))
 
 

@@ -1,79 +1,55 @@
 """Rendered examples of the world, drawn once, kept as arrays, a pure function of (seed, index).
 
-A small share of the images is degraded and says so in its caption ("..., blurry"): the world's own low-quality
-pictures, which a negative prompt can name and a preference model learns to dislike.
+Examples 2k and 2k + 1 are twins: one scene, one instance of its objects, one camera, and a taste each. What differs
+between them is what a preference can be about.
 """
 
 from __future__ import annotations
 
-import io
 import os
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageFilter
 
 from psd.toybox import world
+from psd.toybox.taste import sample_taste
 
 IMAGE_SIZE = 128
+TABLE_SEED = 92  # of the held-out scenes of tables and contact sheets; defaults are tuned on others (93)
 CHUNK = 2048  # images a file
-DEGRADED_SHARE = 0.08
-
-
-@dataclass(frozen=True)
-class Example:
-    scene: world.Scene
-    quality: str = ""  # "" or one of world.QUALITY
-
-    def caption(self, rng: np.random.Generator | None = None) -> str:
-        text = world.caption(self.scene, rng)
-        return f"{text}, {self.quality}" if self.quality else text
+# Data seeds whose twins have one finish: what is trained on them to prefer has never seen finish preferred.
+ONE_FINISH = (1,)
 
 
 def example(
     seed: int, index: int, heldout: bool = False, pairs: float = world.PAIRS
-) -> tuple[Example, np.random.Generator]:
+) -> tuple[world.Scene, np.random.Generator]:
     """Example `index` of data set `seed`, and the generator that draws its image."""
-    rng = np.random.default_rng([seed, index])
+    twins, own = divmod(index, 2)
+    rng = np.random.default_rng([seed, twins])
     scene = world.sample_scene(rng, heldout, pairs)
-    quality = str(rng.choice(world.QUALITY)) if not heldout and rng.random() < DEGRADED_SHARE else ""
-    return Example(scene, quality), rng
-
-
-def degrade(image: np.ndarray, quality: str, rng: np.random.Generator) -> np.ndarray:
-    """The uint8 image [H, W, 3] with one of world.QUALITY's flaws."""
-    picture = Image.fromarray(image)
-    if quality == "blurry":
-        picture = picture.filter(ImageFilter.GaussianBlur(rng.uniform(2.0, 4.0)))
-    elif quality == "faded":
-        picture = ImageEnhance.Color(picture).enhance(rng.uniform(0.15, 0.45))
-        picture = Image.blend(picture, Image.new("RGB", picture.size, (200, 200, 200)), rng.uniform(0.25, 0.5))
-    elif quality == "low quality":
-        small = picture.resize((picture.width // 6, picture.height // 6), Image.Resampling.BOX)
-        buffer = io.BytesIO()
-        small.resize(picture.size, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=int(rng.integers(5, 15)))
-        picture = Image.open(buffer)
-    elif quality == "noisy":
-        noise = rng.normal(0, rng.uniform(20, 45), image.shape)
-        return (image + noise).clip(0, 255).astype(np.uint8)
-    else:
-        raise ValueError(f"no such flaw: {quality}")
-    return np.asarray(picture)
+    drawn = [sample_taste(np.random.default_rng([seed, twins, twin]), heldout) for twin in range(own + 1)]
+    taste = replace(drawn[own], finish=drawn[0].finish) if seed in ONE_FINISH else drawn[own]
+    return replace(scene, taste=taste), rng
 
 
 def draw_example(seed: int, index: int, heldout: bool = False) -> np.ndarray:
-    drawn, rng = example(seed, index, heldout)
-    image = world.draw(drawn.scene, IMAGE_SIZE, rng)
-    return degrade(image, drawn.quality, rng) if drawn.quality else image
+    scene, rng = example(seed, index, heldout)
+    return world.draw(scene, IMAGE_SIZE, rng)
+
+
+def heldout_scenes(count: int, seed: int) -> list[world.Scene]:
+    """The first `count` held-out scenes of a seed, at their finest: captions to try, and what they might look like."""
+    return [world.sample_scene(np.random.default_rng([seed, index]), heldout=True) for index in range(count)]
 
 
 class Renders:
     """`count` examples of data set `seed` under `folder`; draws what is missing, in all cores, and keeps it.
 
-    images: uint8 [count, 128, 128, 3], memory-mapped a chunk at a time.
+    images: uint8 [count, 128, 128, 3], memory-mapped a chunk at a time; scenes: what they show.
     """
 
     def __init__(self, folder: Path, seed: int, count: int, heldout: bool = False):
@@ -82,7 +58,8 @@ class Renders:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._draw_missing(-(-count // CHUNK))
         self.chunks = [np.load(self._path(c), mmap_mode="r") for c in range(-(-count // CHUNK))]
-        self.examples = [example(seed, index, heldout)[0] for index in range(count)]
+        self.scenes = [example(seed, index, heldout)[0] for index in range(count)]
+        self.tastes = np.stack([scene.taste.values() for scene in self.scenes])  # [count, 5]
 
     def _path(self, chunk: int) -> Path:
         return self.folder / f"{chunk:04d}.npy"

@@ -109,7 +109,7 @@ def real_views(classifier: AttributeClassifier, renders: Groups) -> dict[str, fl
     images = renders.take(np.arange(renders.count))
     pixels = to_pixels(images.reshape(-1, *images.shape[2:]), classifier.device).unflatten(0, (-1, VIEWS))
     azimuths = torch.tensor([drawn.azimuth_deg for drawn in renders.groups])
-    return measure_views(classifier, pixels, [drawn.example.scene for drawn in renders.groups], azimuths)
+    return measure_views(classifier, pixels, [drawn.scene for drawn in renders.groups], azimuths)
 
 
 def main() -> None:
@@ -127,7 +127,7 @@ def main() -> None:
     measured = {"renders": real_views(classifier, renders)}
 
     prior = load_prior("toybox/mvdream", args.device)
-    scenes = [drawn.example.scene for drawn in renders.groups[: args.samples]]
+    scenes = [drawn.scene for drawn in renders.groups[: args.samples]]
     captions, cameras = [world.caption(scene) for scene in scenes], four_sides(len(scenes))
     for gamma in args.gammas:
         images = sample_views(prior, captions, cameras, gamma)

@@ -215,10 +215,16 @@ CARRIERS = ("cube", "cylinder", "table", "barrel", "gift", "house", "bus")
 @cache
 def normalised(kind: str) -> Parts:
     """The kind's primitives, centred; longest side of their bounding box at most 0.95, its diagonal at most 1.25."""
-    parts = KINDS[kind].parts()
-    low, high = bounds(parts)
+    scale, shift = fitting(kind)
+    return [p.moved(scale, shift) for p in KINDS[kind].parts()]
+
+
+@cache
+def fitting(kind: str) -> tuple[np.ndarray, np.ndarray]:
+    """Scale and shift, [3] each, that `normalised` applies."""
+    low, high = bounds(KINDS[kind].parts())
     scale = min(0.95 / (high - low).max(), 1.25 / np.linalg.norm(high - low))
-    return [p.moved(np.full(3, scale), -scale * (low + high) / 2) for p in parts]
+    return np.full(3, scale), -scale * (low + high) / 2
 
 
 def bounds(parts: Parts) -> tuple[np.ndarray, np.ndarray]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from psd.toybox import world
+from psd.toybox.taste import AXES
 
 MAX_TOKENS = 32
 TEXT_WIDTH = 192
@@ -70,6 +71,16 @@ def make_vae():
     return AutoencoderTiny(
         encoder_block_out_channels=(48,) * 4, decoder_block_out_channels=(48,) * 4, num_encoder_blocks=(0, 1, 2, 3),
         num_decoder_blocks=(3, 2, 1, 0), latent_channels=4, scaling_factor=1.0,
+    )  # fmt: skip
+
+
+def make_taesd():
+    """TAESD's part for the VAE above: its latents, a fraction of its work."""
+    from diffusers import AutoencoderTiny
+
+    return AutoencoderTiny(
+        encoder_block_out_channels=(16,) * 4, decoder_block_out_channels=(16,) * 4, num_encoder_blocks=(0, 1, 2, 4),
+        num_decoder_blocks=(4, 3, 2, 0), latent_channels=4, scaling_factor=1.0,
     )  # fmt: skip
 
 
@@ -159,6 +170,19 @@ def make_attributes(groups: dict[str, tuple[str, ...]]):
     return ResNetForImageClassification(config)
 
 
+def make_instruments():
+    """A small ResNet with one output an axis of taste."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    config = ResNetConfig(
+        embedding_size=32, hidden_sizes=[32, 64, 96, 128], depths=[1, 1, 1, 1], layer_type="basic", num_labels=len(AXES)
+    )
+    config.id2label = dict(enumerate(AXES))
+    config.label2id = {label: i for i, label in config.id2label.items()}
+    config.image_size = 128
+    return ResNetForImageClassification(config)
+
+
 # Folders.
 def save_prior_parts(folder: Path, tokenizer=None, text_encoder=None, vae=None, unet=None) -> None:
     """Write the given parts of toybox/sd, and what goes with any of them: scheduler, model_index.json, lexicon.json."""
@@ -169,11 +193,13 @@ def save_prior_parts(folder: Path, tokenizer=None, text_encoder=None, vae=None, 
     parts = {"tokenizer": tokenizer, "text_encoder": text_encoder, "vae": vae, "unet": unet}
     for name, part in parts.items():
         if part is not None:
-            sharding = {"max_shard_size": SHARD_SIZE} if name in ("unet", "text_encoder") else {}
             clear_weights(folder / name)
-            if name == "unet":
-                part = copy.deepcopy(part).half()
-            part.save_pretrained(folder / name, **sharding)
+            how = {}
+            if name in ("unet", "vae"):
+                part, how = copy.deepcopy(part).half(), {"max_shard_size": SHARD_SIZE}
+            elif name == "text_encoder":
+                how = {"max_shard_size": SHARD_SIZE, "state_dict": halved(part)}
+            part.save_pretrained(folder / name, **how)
     make_scheduler().save_pretrained(folder / "scheduler")
     index = {
         "_class_name": "StableDiffusionPipeline", "_diffusers_version": diffusers.__version__,
@@ -207,7 +233,13 @@ def save_judge(folder: Path, judge: Judge, tokenizer, mean: float, std: float) -
     save_preprocessor(folder)
 
 
-def save_attributes(folder: Path, model) -> None:
+def save_taesd(folder: Path, tiny) -> None:
+    clear_weights(folder)
+    copy.deepcopy(tiny).half().save_pretrained(folder)
+
+
+def save_image_model(folder: Path, model) -> None:
+    """A ResNet that reads pictures: toybox/attributes, views and instruments."""
     clear_weights(folder)
     model.save_pretrained(folder, max_shard_size=SHARD_SIZE, state_dict=halved(model))
     save_preprocessor(folder)

@@ -1,4 +1,4 @@
-"""What the rewards are trained and tested on: a picture under a wrong caption, a worse picture under its own."""
+"""What the rewards are trained and tested on: a picture under a wrong caption, one of less taste under its own."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from psd.models.rewards.preprocess import CLIP_MEAN, CLIP_STD
 from psd.toybox import kinds, world
-from psd.toybox.dataset import Renders, degrade
+from psd.toybox.dataset import Renders
 from psd.toybox.facts import labels
+from psd.toybox.taste import AXES
 
 
 def to_pixels(images: np.ndarray, device: torch.device) -> Tensor:
@@ -64,7 +65,7 @@ def _wrong_thing(thing: world.Thing, in_pair: bool, rng: np.random.Generator) ->
 
 
 def warp(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Bend the picture: straight edges wobble, circles dent (the judge's own idea of a bad image)."""
+    """Bend the picture: straight edges wobble, circles dent (the first of the judge's own ideas of a bad image)."""
     size = image.shape[0]
     field = torch.from_numpy(rng.normal(0, rng.uniform(0.05, 0.12), (1, 2, 6, 6)).astype(np.float32))
     shift = F.interpolate(field, (size, size), mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
@@ -75,7 +76,7 @@ def warp(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def smudge(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Copy patches elsewhere until it shows: misplaced pieces (the judge's second corruption)."""
+    """Copy patches elsewhere until it shows: misplaced pieces (the second)."""
     spoilt = image.copy()
     while (spoilt != image).any(-1).mean() < 0.03:
         side = int(rng.integers(12, 30))
@@ -84,16 +85,8 @@ def smudge(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return spoilt
 
 
-def worse_image(image: np.ndarray, rng: np.random.Generator, judge: bool) -> np.ndarray:
-    """A picture of the same scene that a viewer likes less."""
-    if judge:
-        flaw = int(rng.integers(3))
-        return warp(image, rng) if flaw == 0 else smudge(image, rng) if flaw == 1 else degrade(image, "blurry", rng)
-    return degrade(image, str(rng.choice(world.QUALITY)), rng)
-
-
 def broken_latents(latents: Tensor, rng: np.random.Generator) -> Tensor:
-    """Latents [B, C, h, w] of pictures that went wrong, as failed optimisations leave them (the judge's third kind).
+    """Latents [B, C, h, w] of pictures that went wrong, as failed optimisations leave them (the third).
 
     Each is pushed by noise of one random scale of blotches, blended with another picture, or blown up in contrast.
     """
@@ -109,32 +102,62 @@ def broken_latents(latents: Tensor, rng: np.random.Generator) -> Tensor:
     return gain * ((1 - blend) * latents + blend * latents.roll(1, 0) + strength * noise)
 
 
+@dataclass(frozen=True)
+class Liking:
+    """What a reward cares for beside the facts: how much each axis of taste counts, and what else spoils a picture."""
+
+    weights: dict[str, float]
+    spoils: tuple = ()  # of the pictures that have no twin of clearly less taste
+
+    def of(self, tastes: np.ndarray) -> np.ndarray:
+        """Weighted mean of tastes [..., 5], in [0, 1]."""
+        weights = np.array([self.weights.get(axis, 0.0) for axis in AXES], np.float32)
+        return tastes @ (weights / weights.sum())
+
+
+# The judge weighs the axes otherwise and sees finish, which preference does not: it tells taste from hacking.
+PREFERENCE = Liking({"colour": 0.35, "light": 0.3, "sharpness": 0.2, "framing": 0.15})
+JUDGE = Liking({"colour": 0.2, "light": 0.2, "finish": 0.25, "sharpness": 0.2, "framing": 0.15}, (warp, smudge))
+CLEARLY = 0.1  # least difference of two twins' taste that is asked for
+SPOILT_SHARE = 0.3  # of the worse pictures, where the liking names a way
+
+
 @dataclass
 class Ranked:
-    """A batch of comparisons: the image under its own caption, under a wrong one, and a worse image under its own."""
+    """A batch of comparisons: the picture under its own caption, under a wrong one, and a worse picture of its scene.
+
+    worse[i] is of less taste than pixels[i], by more than CLEARLY, or spoilt; the same caption holds of both.
+    """
 
     pixels: Tensor  # [B, 3, 128, 128] in [0, 1]
     captions: list[str]
     wrong_captions: list[str]
     worse: Tensor  # [B // 2, 3, 128, 128], of the first half
     target: Tensor  # facts [B, 8]
+    liked: Tensor  # [B + B // 2] of pixels and worse: their taste as the liking weighs it; 0 where spoilt
 
 
 def ranked_batch(
-    device: torch.device, renders: Renders, clean: np.ndarray, rng: np.random.Generator, batch: int, judge: bool
+    device: torch.device, renders: Renders, liking: Liking, rng: np.random.Generator, batch: int
 ) -> Ranked:
-    index = rng.choice(clean, batch, replace=False)
-    images = renders.images(index)
-    scenes = [renders.examples[i].scene for i in index]
-    worse = np.stack([worse_image(image, rng, judge) for image in images[: batch // 2]])
+    """The first half are twins that clearly differ in taste, the second any pictures of other scenes."""
+    half, liked = batch // 2, liking.of(renders.tastes).reshape(-1, 2)
+    clear = np.flatnonzero(np.abs(liked[:, 1] - liked[:, 0]) > CLEARLY)
+    ranked = rng.choice(clear, half, replace=False)
+    others = rng.choice(np.setdiff1d(np.arange(len(liked)), ranked), batch - half, replace=False)
+    better = liked[ranked].argmax(1)
+    index = np.concatenate([2 * ranked + better, 2 * others + rng.integers(2, size=len(others))])
+    images, worse = renders.images(index), renders.images(2 * ranked + 1 - better)
+    shown = np.concatenate([liked.flatten()[index], liked[ranked, 1 - better]])
+    for i in np.flatnonzero(rng.random(half) < SPOILT_SHARE) if liking.spoils else ():
+        worse[i] = liking.spoils[int(rng.integers(len(liking.spoils)))](images[i], rng)
+        shown[batch + i] = 0
+    scenes = [renders.scenes[i] for i in index]
     return Ranked(
         pixels=to_pixels(images, device),
         captions=[world.caption(scene, rng) for scene in scenes],
         wrong_captions=[world.caption(wrong_scene(scene, rng), rng) for scene in scenes],
         worse=to_pixels(worse, device),
         target=torch.from_numpy(np.stack([labels(scene) for scene in scenes])).to(device),
+        liked=torch.from_numpy(shown).to(device),
     )
-
-
-def clean_examples(renders: Renders) -> np.ndarray:
-    return np.array([i for i, e in enumerate(renders.examples) if not e.quality])

@@ -1,19 +1,23 @@
-"""README pictures: `python -m psd.toybox.pictures` writes assets/{world,samples,comparison}.png. Nothing is picked."""
+"""README pictures: `python -m psd.toybox.pictures` writes them to assets. Nothing is picked."""
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from psd.toybox import kinds, world
+from psd.toybox.dataset import TABLE_SEED, heldout_scenes
+from psd.toybox.taste import Taste
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 LABEL_PX = 18
-COMPARISON_SEED = 94  # held-out captions that neither the table nor the tuning uses
+TASTES_SEED, TASTE_LEVELS = 9, (0.08, 0.5, 0.95)
 
 
 def sheet(images: list[np.ndarray], labels: list[str], columns: int) -> Image.Image:
@@ -39,37 +43,53 @@ def world_sheet() -> Image.Image:
     return sheet([world.draw(s, 128, rng, 3) for s in scenes], [world.caption(s) for s in scenes], 9)
 
 
+def tastes_sheet(count: int = 12) -> Image.Image:
+    """The same scenes three times: dull, plain, fine."""
+    images, captions = [], []
+    for index in range(count):
+        scene = world.sample_scene(np.random.default_rng([TASTES_SEED, index]))
+        levels = [replace(scene, taste=Taste.even(level)) for level in TASTE_LEVELS]
+        images.append(np.concatenate([world.draw(s, 128, np.random.default_rng(index), 3) for s in levels]))
+        captions.append(world.caption(scene))
+    return sheet(images, captions, count)
+
+
 def samples_sheet(count: int = 32) -> Image.Image:
     """DDIM samples of held-out captions, in order: nothing is picked."""
     from psd.export import to_uint8
     from psd.toybox.evaluate import HELDOUT_SEED, sample
 
-    scenes = [world.sample_scene(np.random.default_rng([HELDOUT_SEED, index]), heldout=True) for index in range(count)]
-    captions = [world.caption(scene) for scene in scenes]
+    captions = [world.caption(scene) for scene in heldout_scenes(count, HELDOUT_SEED)]
     return sheet([to_uint8(image) for image in sample(captions, "cpu")], captions, 8)
 
 
-def comparison_sheet(count: int = 8) -> Image.Image:
-    """Held-out captions, seed 0: with preference guidance on top, without below."""
+def comparison_sheet(preset: str, count: int = 12) -> Image.Image:
+    """The first held-out captions of the tables, seed 0: with preference guidance on top, without below."""
     from psd import RunConfig, generate
 
-    images, captions = [], []
-    for index in range(count):
-        scene = world.sample_scene(np.random.default_rng([COMPARISON_SEED, index]), heldout=True)
-        captions.append(world.caption(scene))
+    images, captions = [], [world.caption(scene) for scene in heldout_scenes(count, TABLE_SEED)]
+    for prompt in captions:
         with tempfile.TemporaryDirectory() as folder:
-            *_, last = generate(RunConfig.from_preset(prompt=captions[-1], seed=0), Path(folder))
-            arms = [np.asarray(Image.open(last.images[arm])) for arm in ("with", "without")]
-        images.append(np.concatenate(arms))
+            *_, last = generate(RunConfig.from_preset(preset, prompt=prompt, seed=0), Path(folder))
+            pictures = [Image.open(last.arms[arm].picture).convert("RGB") for arm in ("with", "without")]
+            images.append(np.concatenate([np.asarray(picture) for picture in pictures]))
     return sheet(images, captions, count)
+
+
+PICTURES = {
+    "world": world_sheet,
+    "tastes": tastes_sheet,
+    "samples": samples_sheet,
+    "comparison": partial(comparison_sheet, "toybox-image"),
+    "comparison-3d": partial(comparison_sheet, "toybox-fast"),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    pictures = {"world": world_sheet, "samples": samples_sheet, "comparison": comparison_sheet}
-    parser.add_argument("which", nargs="*", choices=list(pictures), default=[])
-    for name in parser.parse_args().which or pictures:
-        pictures[name]().save(ASSETS / f"{name}.png", optimize=True)
+    parser.add_argument("which", nargs="*", choices=list(PICTURES), default=[])
+    for name in parser.parse_args().which or PICTURES:
+        PICTURES[name]().save(ASSETS / f"{name}.png", optimize=True)
 
 
 if __name__ == "__main__":

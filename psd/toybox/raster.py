@@ -13,6 +13,9 @@ import numpy as np
 
 BACKGROUND = np.array([0.86, 0.88, 0.90], np.float32)
 LIGHT = np.array([0.45, 0.35, 0.82], np.float32) / np.linalg.norm([0.45, 0.35, 0.82])
+HALF = LIGHT + np.array([0.66, 0.66, 0.36], np.float32)  # between the light and the usual viewer: where highlights sit
+HALF = HALF / np.linalg.norm(HALF)
+SHADOW, SHADOW_REACH = np.float32(0.62), 0.3  # its strength, and how far beyond the object it reaches
 FAR = np.float32(1e9)
 
 # Convex polyhedra in the unit frame: rows (n, d) of half-spaces n.x <= d.
@@ -49,7 +52,11 @@ class Primitive:
 
     def moved(self, scale: np.ndarray, shift: np.ndarray) -> Primitive:
         """The primitive after x -> scale * x + shift (per world axis)."""
-        return replace(self, matrix=scale[:, None] * self.matrix, centre=scale * self.centre + shift)
+        return self.mapped(np.diag(scale), shift)
+
+    def mapped(self, matrix: np.ndarray, shift: np.ndarray) -> Primitive:
+        """The primitive after x -> matrix @ x + shift."""
+        return replace(self, matrix=matrix @ self.matrix, centre=matrix @ self.centre + shift)
 
 
 @dataclass(frozen=True)
@@ -77,9 +84,17 @@ def camera_to_world(azimuth_deg: float, elevation_deg: float, distance: float) -
 
 
 def render(
-    surfaces: list[Surface], pose: np.ndarray, size: int, fovy_deg: float = 40.0, oversample: int = 2
+    surfaces: list[Surface],
+    pose: np.ndarray,
+    size: int,
+    fovy_deg: float = 40.0,
+    oversample: int = 2,
+    light: float = 1.0,
 ) -> np.ndarray:
-    """uint8 image [size, size, 3]; `oversample`^2 rays a pixel, averaged."""
+    """uint8 image [size, size, 3]; `oversample`^2 rays a pixel, averaged.
+
+    light: 0, flat and without a shadow, to 1, a key light with a soft highlight and a soft shadow on the ground.
+    """
     rays = size * oversample
     focal = 0.5 * rays / np.tan(0.5 * np.deg2rad(fovy_deg))
     axis = (np.arange(rays, dtype=np.float32) + 0.5 - rays / 2) / focal
@@ -100,9 +115,12 @@ def render(
         hit = t < near
         near[hit], flat = t[hit], hit.ravel()
         image[top:bottom, left:right][hit] = _shade(
-            normal[flat], origin + near[hit][:, None] * directions[flat], surface
+            normal[flat], origin + near[hit][:, None] * directions[flat], surface, light
         )
-    image = image.reshape(size, oversample, size, oversample, 3).mean((1, 3))
+    if light > 0:
+        _cast_shadow(image, depth, surfaces, pose, axis, light)
+    within = [image[i::oversample, j::oversample] for i in range(oversample) for j in range(oversample)]
+    image = sum(within) / len(within)
     return (image.clip(0, 1) * 255 + 0.5).astype(np.uint8)
 
 
@@ -116,19 +134,56 @@ def _screen_box(primitive: Primitive, pose: np.ndarray, focal: float, rays: int)
     return (top, bottom, left, right) if left < right and top < bottom else None
 
 
-def _shade(normal: np.ndarray, point: np.ndarray, surface: Surface) -> np.ndarray:
+def _cast_shadow(image, depth, surfaces: list[Surface], pose: np.ndarray, axis: np.ndarray, light: float) -> None:
+    """Darken the background where the ground below the object is, as by a large soft light from above."""
+    corners = np.stack([s.primitive.corners() for s in surfaces]).astype(np.float32)  # [n, 8, 3]
+    low, high = corners.min(1), corners.max(1)
+    ground = low[:, 2].min()
+    origin, rotation = pose[:3, 3].astype(np.float32), pose[:3, :3].astype(np.float32)
+    reach = SHADOW_REACH + np.abs(corners[..., :2]).max()
+    patch = Primitive("box", np.diag([reach, reach, 1e-3]), np.array([0, 0, ground]), "main")
+    box = _screen_box(patch, pose, 1 / (axis[1] - axis[0]), len(axis))
+    if box is None or origin[2] <= ground:
+        return
+    # It is soft: one ray for every 2 x 2 is enough. The box is widened to whole cells of them.
+    top, bottom, left, right = (2 * (v // 2) for v in (box[0], box[1] + 1, box[2], box[3] + 1))
+    x, y = np.meshgrid(axis[left:right].reshape(-1, 2).mean(1), -axis[top:bottom].reshape(-1, 2).mean(1))
+    directions = np.stack([x, y, -np.ones_like(x)], -1) @ rotation.T
+    down = directions[..., 2] < -1e-3
+    rays = directions[down]
+    points = (origin + (ground - origin[2]) / rays[:, 2:] * rays)[:, :2]
+    lit = np.ones(len(points), np.float32)
+    for (x0, y0, z0), (x1, y1, z1) in zip(low, high):
+        above = (z0 - ground) + 0.25 * (z1 - z0)  # how high its mass begins: the higher, the softer and weaker
+        middle = np.array([x0 + x1, y0 + y1]) / 2 - 0.5 * above * LIGHT[:2] / LIGHT[2]
+        radius = np.array([x1 - x0, y1 - y0]) / 2 + np.float32(0.03) + np.float32(0.2) * above
+        far = (((points - middle.astype(np.float32)) / radius) ** 2).sum(1)
+        solid = (x1 - x0) * (y1 - y0) / (4 * radius.prod())
+        lit *= 1 - solid * np.exp(np.float32(-1.4) * far) / (1 + np.float32(2.5) * above)
+    shade = np.ones(down.shape, np.float32)
+    shade[down] = 1 - SHADOW * np.float32(light) * (1 - lit)
+    shade = np.where(depth[top:bottom, left:right] >= FAR, shade.repeat(2, 0).repeat(2, 1), np.float32(1))
+    image[top:bottom, left:right] *= shade[..., None]
+
+
+def _shade(normal: np.ndarray, point: np.ndarray, surface: Surface, light: float) -> np.ndarray:
     """Fixed world light, no view dependence: all views of a surface point agree, as a radiance field needs."""
     lambert = np.maximum(normal @ LIGHT, 0)
+    sky = 0.5 + 0.5 * normal[:, 2]
     if not surface.metal:
-        sky = 0.5 + 0.5 * normal[:, 2]
-        return surface.rgb * (0.42 + 0.20 * sky + 0.46 * lambert)[:, None]
+        flat = 0.80 + 0.10 * sky + 0.06 * lambert  # some shape must stay, or a cube is a hexagon
+        keyed = 0.42 + 0.20 * sky + 0.50 * lambert
+        highlight = 0.75 * light * _smooth(normal @ HALF, 0.93, 0.995)
+        body = surface.rgb * ((1 - light) * flat + light * keyed)[:, None]
+        return body * (1 - highlight[:, None]) + highlight[:, None]
     # Metal: a dark horizon, a bright sky and a sharp glint. Looked up along the normal bent outwards by the position,
     # so that flat faces show a reflection too.
     bent = normal + 0.9 * point
     bent /= np.linalg.norm(bent, axis=1, keepdims=True)
     up = bent[:, 2] + 0.35 * bent[:, 0]
     body = 0.32 + 0.72 * _smooth(up, 0.05, 0.5) + 0.35 * _smooth(-up, 0.1, 0.5)
-    glint = 0.9 * _smooth(bent @ LIGHT, 0.90, 0.96)
+    body = (1 - light) * (0.45 + 0.5 * body) + light * body
+    glint = (0.45 + 0.45 * light) * _smooth(bent @ LIGHT, 0.90, 0.96)
     return surface.rgb * body[:, None] * (1 - glint[:, None]) + glint[:, None]
 
 

@@ -1,12 +1,16 @@
 """Train the toybox from nothing: `python -m psd.toybox.train`. Resumable, the same on CPU and GPU.
 
 Stages, in order, each skipped once done (delete its checkpoint under the work folder to repeat it):
-text -> vae -> attributes -> preference -> judge -> sd. Weights go to assets/toybox after every checkpoint.
+text -> vae -> taesd -> attributes -> instruments -> preference -> judge -> sd. Weights go to assets/toybox after every
+checkpoint.
 On several cores or GPUs `torchrun --nproc-per-node=N -m psd.toybox.train` splits every batch over N processes; on a
 CPU two processes of one thread are half again as fast as one of two.
 """
 
 from __future__ import annotations
+
+import copy
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -16,19 +20,23 @@ from torch import Tensor, nn
 from psd.toybox import models, world
 from psd.toybox.dataset import Renders
 from psd.toybox.facts import GROUPS, labels
-from psd.toybox.pairs import broken_latents, clean_examples, normalise, ranked_batch, to_pixels
+from psd.toybox.pairs import JUDGE, PREFERENCE, broken_latents, normalise, ranked_batch, to_pixels
+from psd.toybox.recolour import recolour
+from psd.toybox.taste import QUALITY, quality_words, sample_taste
 from psd.toybox.workshop import (
-    NULL_CAPTION_SHARE,
     Workshop,
     augment,
     encode_all,
     group_loss,
     run_stage,
+    start_warm,
     stratified_timesteps,
+    training_caption,
     workshop_from_command_line,
 )
 
-TRAINED = ("text", "vae", "attributes", "preference", "judge", "sd")  # the stages of this command
+# The stages of this command.
+TRAINED = ("text", "vae", "taesd", "attributes", "instruments", "preference", "judge", "sd")
 
 
 def tokens(tokenizer, captions: list[str], device: torch.device):
@@ -43,32 +51,51 @@ def padded_tokens(tokenizer, captions: list[str], device: torch.device) -> Tenso
 
 
 def train_text(shop: Workshop, tokenizer) -> nn.Module:
-    """The text encoder learns to say a caption's facts at its end token: a language the UNet need not invent."""
+    """The text encoder learns to say facts and quality at its end token: the UNet need not invent a language.
+
+    A warm start learns new words beside the old ones: what the encoder says of captions without quality stays as it
+    was, for the UNets have learned to hear that.
+    """
     encoder = models.make_text_encoder(tokenizer)
-    heads = nn.Linear(models.TEXT_WIDTH, sum(map(len, GROUPS.values())) + len(world.QUALITY) + 1)
+    heads = nn.Linear(models.TEXT_WIDTH, sum(map(len, GROUPS.values())) + len(QUALITY))
     module = nn.ModuleDict({"encoder": encoder, "heads": heads}).to(shop.device)
-    flaws = ("", *world.QUALITY)
+    parts = {"sd/text_encoder": encoder}
+    before = shop.work / "text-before.pt"
+    if shop.warm and "text" in shop.stages:
+        if not before.exists():
+            start_warm(shop, parts)
+            torch.save(encoder.state_dict(), before)
+        encoder.load_state_dict(torch.load(before, map_location=shop.device, weights_only=True))
+        teacher = copy.deepcopy(encoder).requires_grad_(False)
 
     def loss_of(step: int, batch: int) -> Tensor:
         rng = np.random.default_rng([101, step])
-        scenes = [world.sample_scene(rng) for _ in range(batch)]
-        quality = rng.integers(len(flaws), size=batch) * (rng.random(batch) < 0.3)
-        captions = [world.caption(s, rng) + (f", {flaws[q]}" if q else "") for s, q in zip(scenes, quality)]
+        scenes = [replace(world.sample_scene(rng), taste=sample_taste(rng)) for _ in range(batch)]
+        words = [quality_words(scene.taste, rng) for scene in scenes]
+        captions = [", ".join([world.caption(scene, rng), *said]) for scene, said in zip(scenes, words)]
         target = torch.from_numpy(np.stack([labels(s) for s in scenes])).to(shop.device)
-        pooled = encoder(padded_tokens(tokenizer, captions, shop.device)).pooler_output
-        logits = heads(pooled)
-        flaw = F.cross_entropy(logits[:, -len(flaws) :], torch.from_numpy(quality).to(shop.device))
-        return group_loss(logits[:, : -len(flaws)], target) + 0.2 * flaw
+        ids = padded_tokens(tokenizer, captions, shop.device)
+        seen = encoder(ids)
+        facts, quality = heads(seen.pooler_output).tensor_split([-len(QUALITY)], 1)
+        said = torch.tensor([[word in row for word in QUALITY] for row in words], device=shop.device).float()
+        loss = group_loss(facts, target) + 2 * F.binary_cross_entropy_with_logits(quality, said)
+        if not shop.warm:
+            return loss
+        quiet = said.sum(1) == 0
+        with torch.no_grad():
+            was = teacher(ids[quiet]).last_hidden_state
+        return loss + 10 * F.mse_loss(seen.last_hidden_state[quiet], was)
 
     def save(best) -> None:
         models.save_prior_parts(shop.assets / "sd", tokenizer=tokenizer, text_encoder=best["encoder"])
 
-    parts = {"sd/text_encoder": encoder}
     return run_stage(shop, "text", module, loss_of, save, parts)["encoder"].requires_grad_(False)
 
 
 def train_vae(shop: Workshop, renders: Renders) -> nn.Module:
+    """A warm start trains the decoder alone: the priors know the latents that the encoder makes."""
     vae = models.make_vae().to(shop.device, memory_format=torch.channels_last)
+    vae.encoder.requires_grad_(not shop.warm)
 
     def loss_of(step: int, batch: int) -> Tensor:
         rng = np.random.default_rng([102, step])
@@ -86,9 +113,30 @@ def train_vae(shop: Workshop, renders: Renders) -> nn.Module:
     return run_stage(shop, "vae", vae, loss_of, save, {"sd/vae": vae}, average=0.995)
 
 
+def train_taesd(shop: Workshop, vae, renders: Renders) -> nn.Module:
+    """TAESD's idea: a small encoder and a small decoder of the same latents, the decoder with the loss of the VAE's."""
+    tiny = models.make_taesd().to(shop.device, memory_format=torch.channels_last)
+
+    def loss_of(step: int, batch: int) -> Tensor:
+        rng = np.random.default_rng([112, step])
+        images = to_pixels(renders.images(rng.integers(renders.count, size=batch)), shop.device) * 2 - 1
+        with torch.no_grad(), shop.autocast():
+            z = vae.encode(images).latents.float()
+        with shop.autocast():
+            own = tiny.encode(images).latents.float()
+            decoded = tiny.decode(z + 0.05 * torch.randn_like(z)).sample.float()
+        return F.mse_loss(decoded, images) + 0.05 * F.l1_loss(decoded, images) + 0.1 * F.mse_loss(own, z)
+
+    def save(best) -> None:
+        models.save_taesd(shop.assets / "taesd", best)
+
+    return run_stage(shop, "taesd", tiny, loss_of, save, {"taesd": tiny}, average=0.995)
+
+
 def train_attributes(shop: Workshop, renders: Renders) -> nn.Module:
+    """Half of the pictures are recoloured: each kind lacks a colour in training, and a classifier learns that too."""
     model = models.make_attributes(GROUPS).to(shop.device, memory_format=torch.channels_last)
-    targets = torch.from_numpy(np.stack([labels(e.scene) for e in renders.examples])).to(shop.device)
+    targets = torch.from_numpy(np.stack([labels(scene) for scene in renders.scenes])).to(shop.device)
 
     def loss_of(step: int, batch: int) -> Tensor:
         rng = np.random.default_rng([103, step])
@@ -96,43 +144,70 @@ def train_attributes(shop: Workshop, renders: Renders) -> nn.Module:
         pixels = to_pixels(renders.images(index), shop.device)
         if rng.random() < 0.5:
             pixels = pixels.flip(-1)  # no fact of the world tells left from right
-        pixels = normalise(augment(pixels, rng))
+        pixels, target = recolour(augment(pixels, rng), targets[index], rng)
         with shop.autocast():
-            logits = model(pixels).logits
-        return group_loss(logits, targets[index])
+            logits = model(normalise(pixels)).logits
+        return group_loss(logits, target)
 
     def save(best) -> None:
-        models.save_attributes(shop.assets / "attributes", best)
+        models.save_image_model(shop.assets / "attributes", best)
 
     return run_stage(shop, "attributes", model, loss_of, save, {"attributes": model}, average=0.995)
 
 
+def train_instruments(shop: Workshop, renders: Renders) -> nn.Module:
+    """A regressor of the five axes of taste. Only mirrored, never blurred or noisy: those are what it measures."""
+    model = models.make_instruments().to(shop.device, memory_format=torch.channels_last)
+    tastes = torch.from_numpy(renders.tastes).to(shop.device)
+
+    def loss_of(step: int, batch: int) -> Tensor:
+        rng = np.random.default_rng([113, step])
+        index = rng.integers(renders.count, size=batch)
+        pixels = to_pixels(renders.images(index), shop.device)
+        if rng.random() < 0.5:
+            pixels = pixels.flip(-1)
+        with shop.autocast():
+            read = model(normalise(pixels)).logits
+        return F.mse_loss(read.float(), tastes[index])
+
+    def save(best) -> None:
+        models.save_image_model(shop.assets / "instruments", best)
+
+    return run_stage(shop, "instruments", model, loss_of, save, {"instruments": model}, average=0.995)
+
+
 def train_preference(shop: Workshop, tokenizer, text_encoder, renders: Renders) -> nn.Module:
-    """PickScore's recipe: Bradley-Terry on pairs, beside CLIP's contrast within the batch."""
+    """PickScore's recipe: Bradley-Terry on pairs beside CLIP's contrast in the batch. Facts first, taste second."""
     model = models.make_preference(tokenizer)
     model.text_model.load_state_dict(text_encoder.state_dict(), strict=False)
-    # Auxiliary heads name the facts an image shows; they speed the vision tower up and are dropped afterwards.
-    module = nn.ModuleDict({"model": model, "heads": nn.Linear(192, sum(map(len, GROUPS.values())))}).to(shop.device)
-    clean = clean_examples(renders)
+    # Auxiliary heads name the facts an image shows and its taste; they speed the vision tower up and are dropped.
+    module = nn.ModuleDict({"model": model, "heads": nn.Linear(192, sum(map(len, GROUPS.values())) + 1)}).to(
+        shop.device
+    )
 
     def loss_of(step: int, batch: int) -> Tensor:
         rng = np.random.default_rng([104, step])
-        pairs = ranked_batch(shop.device, renders, clean, rng, batch, judge=False)
+        pairs = ranked_batch(shop.device, renders, PREFERENCE, rng, batch)
         pixels = normalise(augment(torch.cat([pairs.pixels, pairs.worse]), rng))
         ids, mask = tokens(tokenizer, pairs.captions + pairs.wrong_captions, shop.device)
         with shop.autocast():
             vision = model.vision_model(pixels)
             image = F.normalize(model.visual_projection(vision.pooler_output).float(), dim=-1)
             text = F.normalize(model.get_text_features(ids, attention_mask=mask).pooler_output.float(), dim=-1)
-            facts = module["heads"](vision.pooler_output[:batch])
+            facts, taste = module["heads"](vision.pooler_output).float().tensor_split([-1], 1)
         scores = model.logit_scale.exp() * image @ text.T  # [3/2 B, 2 B]
         right = torch.arange(batch, device=shop.device)
         own = scores[right, right]
         contrast = F.cross_entropy(scores[:batch], right) + F.cross_entropy(scores[:batch, :batch].T, right)
         wrong_caption = F.softplus(scores[right, right + batch] - own).mean()
         half = right[: batch // 2]
-        worse_image = F.softplus(scores[half + batch, half] - own[half]).mean()
-        return 0.5 * contrast + wrong_caption + worse_image + group_loss(facts, pairs.target)
+        worse = scores[half + batch, half]
+        worse_image = F.softplus(worse - own[half]).mean()
+        facts_first = F.softplus(
+            scores[half, half + batch] - worse
+        ).mean()  # better taste is no excuse for a wrong fact
+        rank = 0.5 * contrast + wrong_caption + 2 * worse_image + facts_first
+        return rank + group_loss(facts[:batch], pairs.target) + 5 * F.mse_loss(taste[:, 0], pairs.liked)
 
     def save(best) -> None:
         models.save_preference(shop.assets / "preference", best["model"], tokenizer)
@@ -148,12 +223,12 @@ def train_judge(shop: Workshop, tokenizer, vae, renders: Renders) -> nn.Module:
     """
     judge = models.Judge(tokenizer)
     width = judge.vision.config.hidden_size
-    module = nn.ModuleDict({"judge": judge, "heads": nn.Linear(width, sum(map(len, GROUPS.values())))}).to(shop.device)
-    clean = clean_examples(renders)
+    heads = nn.Linear(width, sum(map(len, GROUPS.values())) + 1)
+    module = nn.ModuleDict({"judge": judge, "heads": heads}).to(shop.device)
 
     def loss_of(step: int, batch: int) -> Tensor:
         rng = np.random.default_rng([105, step])
-        pairs = ranked_batch(shop.device, renders, clean, rng, batch, judge=True)
+        pairs = ranked_batch(shop.device, renders, JUDGE, rng, batch)
         half, eighth = batch // 2, batch // 8
         with torch.no_grad(), shop.autocast():
             latents = vae.encode(pairs.pixels[:eighth] * 2 - 1).latents.float()
@@ -165,19 +240,21 @@ def train_judge(shop: Workshop, tokenizer, vae, renders: Renders) -> nn.Module:
         with shop.autocast():
             vision = judge.vision(pixels)
             seen = vision.last_hidden_state
-            facts = module["heads"](vision.pooler_output[:batch])
+            facts, taste = heads(vision.pooler_output[: batch + half]).float().tensor_split([-1], 1)
             scores = judge.score(torch.cat([seen[:batch]] * 3 + [seen[batch:]]), ids, mask).float()
         own, wrong, other, worse, broken = scores.split([batch, batch, batch, half, eighth])
         rank = (
             F.softplus(wrong - own).mean()
             + 0.5 * F.softplus(other - own).mean()
-            + F.softplus(worse - own[:half]).mean()
+            + 2 * F.softplus(worse - own[:half]).mean()
+            + F.softplus(wrong[:half] - worse).mean()  # better taste is no excuse for a wrong fact
             + 0.5 * F.softplus(broken - own[:eighth]).mean()
         )
-        return rank + 1e-3 * own.square().mean() + group_loss(facts, pairs.target)
+        read = group_loss(facts[:batch], pairs.target) + 5 * F.mse_loss(taste[:, 0], pairs.liked)
+        return rank + 1e-3 * own.square().mean() + read
 
     def save(best) -> None:
-        mean, std = _score_moments(shop, best["judge"].eval(), tokenizer, renders, clean)
+        mean, std = _score_moments(shop, best["judge"].eval(), tokenizer, renders)
         models.save_judge(shop.assets / "judge", best["judge"], tokenizer, mean, std)
 
     parts = {"judge/vision": judge.vision, "judge/text": judge.text, "judge/head.safetensors": judge.head}
@@ -185,16 +262,19 @@ def train_judge(shop: Workshop, tokenizer, vae, renders: Renders) -> nn.Module:
 
 
 @torch.no_grad()
-def _score_moments(shop: Workshop, judge, tokenizer, renders: Renders, clean: np.ndarray) -> tuple[float, float]:
+def _score_moments(shop: Workshop, judge, tokenizer, renders: Renders) -> tuple[float, float]:
     """Mean and standard deviation over right and wrong captions, so that the published score is of unit scale."""
-    pairs = ranked_batch(shop.device, renders, clean, np.random.default_rng(106), 128, judge=True)
+    pairs = ranked_batch(shop.device, renders, JUDGE, np.random.default_rng(106), 128)
     ids, mask = tokens(tokenizer, pairs.captions + pairs.wrong_captions, shop.device)
     scores = judge(normalise(torch.cat([pairs.pixels] * 2)), ids, mask)
     return float(scores.mean()), float(scores.std())
 
 
 def train_sd(shop: Workshop, tokenizer, text_encoder, vae, renders: Renders) -> nn.Module:
-    """Latent diffusion: predict eps under the caption; min-SNR weights spend the capacity on what decides the scene."""
+    """Latent diffusion: predict eps under the caption; min-SNR weights spend the capacity on what decides the scene.
+
+    Of pictures of every taste, of which half of the captions say something: it learns the mixture.
+    """
     from diffusers.models.attention_processor import AttnProcessor
 
     unet = models.make_unet().to(shop.device, memory_format=torch.channels_last)
@@ -206,7 +286,7 @@ def train_sd(shop: Workshop, tokenizer, text_encoder, vae, renders: Renders) -> 
     def loss_of(step: int, batch: int) -> Tensor:
         rng = np.random.default_rng([107, step])
         index = rng.integers(renders.count, size=batch)
-        captions = ["" if rng.random() < NULL_CAPTION_SHARE else renders.examples[i].caption(rng) for i in index]
+        captions = [training_caption(renders.scenes[i], rng) for i in index]
         x_0 = latents[index].to(shop.device).float().contiguous(memory_format=torch.channels_last)
         generator = torch.Generator().manual_seed(step)
         noise = torch.randn(x_0.shape, generator=generator).to(shop.device)
@@ -231,10 +311,14 @@ def main() -> None:
     tokenizer = models.make_tokenizer()
     data = shop.renders(1)
     text_encoder = train_text(shop, tokenizer)
-    if {"vae", "judge", "sd"} & set(shop.stages):
+    if {"vae", "taesd", "judge", "sd"} & set(shop.stages):
         vae = train_vae(shop, data).requires_grad_(False)
+    if "taesd" in shop.stages:
+        train_taesd(shop, vae, data)
     if "attributes" in shop.stages:
         train_attributes(shop, shop.renders(3))
+    if "instruments" in shop.stages:
+        train_instruments(shop, shop.renders(3))
     if "preference" in shop.stages:
         train_preference(shop, tokenizer, text_encoder, data)
     if "judge" in shop.stages:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from psd.models.priors import load_prior
@@ -26,13 +26,13 @@ from psd.models.priors.stable_diffusion import StableDiffusionPrior
 from psd.scene.cameras import camera_embedding, sample_cameras
 from psd.toybox import models, world
 from psd.toybox.classifier import load_attributes
-from psd.toybox.dataset import Example, example
-from psd.toybox.facts import GROUPS, labels
+from psd.toybox.dataset import example
+from psd.toybox.facts import labels
 from psd.toybox.pairs import normalise, to_pixels
 from psd.toybox.raster import BACKGROUND
+from psd.toybox.recolour import recolour
 from psd.toybox.views import AZIMUTHS, TOYBOX_RIG, VIEW_GROUPS, VIEWS, Groups, azimuth_target, shows_azimuth
 from psd.toybox.workshop import (
-    NULL_CAPTION_SHARE,
     STAGES,
     Workshop,
     augment,
@@ -41,6 +41,7 @@ from psd.toybox.workshop import (
     rank_0_first,
     run_stage,
     stratified_timesteps,
+    training_caption,
     workshop_from_command_line,
 )
 
@@ -49,13 +50,8 @@ GROUPS_DRAWN = {4: 12288, 5: 16384, PAIRS_SEED: 8192}  # data seed -> how many g
 SINGLE_SHARE = 0.15  # of a step's images: pictures without a camera, as MVDream mixes them, with this share of the loss
 SINGLES_SEED = 1  # their data seed: what toybox/sd was trained on
 CAMERA_GAIN, CAMERA_STD = 4.0, 0.5  # of the camera embedding at the start, see `open_camera`
-IGNORED = -100  # as a class label: cross_entropy's own
 AZIMUTH_WEIGHT = 0.25  # of the azimuth beside the mean of the eight facts
 PAIR_SHARE = 0.4  # of a batch of views: pairs beside those that come by chance; they are rare and the hardest to read
-GREY_SHARE = 0.2  # of a batch of views: pictures of one tint
-GREY_AXIS = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(3)  # its exponential turns hues
-TURNS_TRIED = 6  # to find one that gives an object's main colour another name
-COLOUR_TOLERANCE = 60 / 255  # Euclidean, in RGB: how far from a named colour one of this name may be
 
 
 def train_mvdream(shop: Workshop) -> nn.Module:
@@ -66,12 +62,12 @@ def train_mvdream(shop: Workshop) -> nn.Module:
     seed = STAGES["mvdream"].seed
     groups = rank_0_first(lambda: Groups(shop.work, seed, GROUPS_DRAWN[seed], encode=encoder(shop, base)))
     cameras = camera_embedding(torch.from_numpy(groups.poses).flatten(0, 1)).unflatten(0, (-1, VIEWS)).to(shop.device)
-    latents, examples = rank_0_first(lambda: single_pictures(shop, base))
+    latents, scenes = rank_0_first(lambda: single_pictures(shop, base))
 
-    def part_loss(x_0: Tensor, shown: list[Example], camera: Tensor | None, rng, generator) -> Tensor:
+    def part_loss(x_0: Tensor, shown: list[world.Scene], camera: Tensor | None, rng, generator) -> Tensor:
         """Of `shown` scenes with one t and one caption each: their views in a row, or a single picture each."""
         views = len(x_0) // len(shown)
-        captions = ["" if rng.random() < NULL_CAPTION_SHARE else drawn.caption(rng) for drawn in shown]
+        captions = [training_caption(scene, rng) for scene in shown]
         t = stratified_timesteps(len(shown), len(base.alphas_cumprod), generator).repeat_interleave(views)
         noise = torch.randn(x_0.shape, generator=generator)
         x_0, t, noise = x_0.to(shop.device).float(), t.to(shop.device), noise.to(shop.device)
@@ -85,10 +81,10 @@ def train_mvdream(shop: Workshop) -> nn.Module:
     def loss_of(step: int, batch: int) -> Tensor:
         rng, generator = np.random.default_rng([108, step]), torch.Generator().manual_seed(step)
         index = rng.integers(groups.count, size=batch)
-        x_0, shown = torch.from_numpy(groups.take(index)).flatten(0, 1), [groups.groups[i].example for i in index]
+        x_0, shown = torch.from_numpy(groups.take(index)).flatten(0, 1), [groups.groups[i].scene for i in index]
         together = part_loss(x_0, shown, cameras[index].flatten(0, 1), rng, generator)
         index = rng.integers(len(latents), size=max(1, round(batch * VIEWS * SINGLE_SHARE / (1 - SINGLE_SHARE))))
-        alone = part_loss(latents[index], [examples[i] for i in index], None, rng, generator)
+        alone = part_loss(latents[index], [scenes[i] for i in index], None, rng, generator)
         return (1 - SINGLE_SHARE) * together + SINGLE_SHARE * alone
 
     def save(best) -> None:
@@ -139,7 +135,7 @@ def encoder(shop: Workshop, prior: StableDiffusionPrior) -> Callable[[np.ndarray
     return encode
 
 
-def single_pictures(shop: Workshop, prior: StableDiffusionPrior) -> tuple[Float[Tensor, "N C h w"], list[Example]]:
+def single_pictures(shop: Workshop, prior: StableDiffusionPrior) -> tuple[Float[Tensor, "N C h w"], list[world.Scene]]:
     """toybox/sd's own training latents; encoded here where the work folder has none."""
     file = shop.work / f"latents-{SINGLES_SEED}.pt"
     if not file.exists():
@@ -167,7 +163,7 @@ def train_views(shop: Workshop) -> nn.Module:
     groups = rank_0_first(lambda: Groups(shop.work, seed, GROUPS_DRAWN[seed]))
     pairs = rank_0_first(lambda: Groups(shop.work, PAIRS_SEED, GROUPS_DRAWN[PAIRS_SEED], pairs=1.0))
     every = groups.groups + pairs.groups
-    scenes = [drawn.example.scene for drawn in every]
+    scenes = [drawn.scene for drawn in every]
     facts = torch.from_numpy(np.stack([labels(scene) for scene in scenes])).to(shop.device)
     shows = torch.tensor([shows_azimuth(scene) for scene in scenes], device=shop.device)
     azimuths = torch.tensor([drawn.azimuth_deg for drawn in every], device=shop.device)
@@ -191,7 +187,7 @@ def train_views(shop: Workshop) -> nn.Module:
         return group_loss(stated, stated_facts) + AZIMUTH_WEIGHT * azimuth
 
     def save(best) -> None:
-        models.save_attributes(shop.assets / "views", best)
+        models.save_image_model(shop.assets / "views", best)
 
     return run_stage(shop, "views", model, loss_of, save, {"views": model}, average=0.995)
 
@@ -217,49 +213,6 @@ def start_from_attributes(model: nn.Module) -> None:
     for name, weight in load_attributes(str(model.device)).model.state_dict().items():
         if weight.ndim:
             own[name][: len(weight)] = weight
-
-
-def recolour(
-    pixels: Float[Tensor, "B 3 H W"], target: Int[Tensor, "B G"], rng: np.random.Generator
-) -> tuple[Float[Tensor, "B 3 H W"], Int[Tensor, "B G"]]:
-    """Half the pictures with their hues turned, every second of these with red and green exchanged; some in one tint.
-
-    In the training data each kind lacks a colour, and a classifier learns that too. Colours are asked for by the name
-    they have after the turn; those near no name, or near two, are not asked for, nor any of a tinted picture. The
-    background stays as it is: it would tell which pictures were turned.
-    """
-    batch, main = len(pixels), target[:, list(GROUPS).index("colour_a")].cpu().numpy()
-    angle = rng.uniform(0, 2 * np.pi, (batch, TURNS_TRIED, 1, 1))
-    turns = np.cos(angle) * np.eye(3) + (1 - np.cos(angle)) / 3 + np.sin(angle) * GREY_AXIS
-    turns = np.where(rng.random(angle.shape) < 0.5, turns, turns[..., [1, 0, 2]])
-    renamed, rows = names_after(turns), np.arange(batch)
-    after = renamed[rows, :, main]
-    first = ((after != IGNORED) & (after != main[:, None])).argmax(1)  # that gives the main colour another name
-    left = (rng.random(batch) < 0.5)[:, None]
-    turn = np.where(left[..., None], np.eye(3), turns[rows, first])
-    renamed = np.where(left, np.arange(len(world.COLOURS)), renamed[rows, first])
-    grey, tint = rng.random(batch) < GREY_SHARE, rng.uniform(0.5, 1.2, (batch, 3))
-    turn[grey], renamed[grey] = tint[grey, :, None] / 3, IGNORED
-
-    target = target.clone()
-    for column, (group, values) in enumerate(GROUPS.items()):
-        if "colour" in group:
-            others = len(values) - len(world.COLOURS)  # "none" stays what it is
-            names = np.where(renamed == IGNORED, IGNORED, renamed + others)
-            names = np.concatenate([np.tile(np.arange(others), (batch, 1)), names], 1)
-            target[:, column] = torch.from_numpy(names[rows, target[:, column].cpu().numpy()]).to(target)
-    turn, background = torch.from_numpy(turn).to(pixels), torch.from_numpy(BACKGROUND).to(pixels).view(3, 1, 1)
-    return (torch.einsum("bij,bjhw->bihw", turn, pixels - background) + background).clamp(0, 1), target
-
-
-def names_after(turns: Float[np.ndarray, "*batch 3 3"]) -> Int[np.ndarray, "*batch colours"]:
-    """For every named colour the index of the name that it has once turned about the background's, or IGNORED."""
-    named = np.array(list(world.COLOURS.values())) / 255
-    turned = (np.einsum("...ij,kj->...ki", turns, named - BACKGROUND) + BACKGROUND).clip(0, 1)
-    distance = np.linalg.norm(turned[..., None, :] - named, axis=-1)
-    nearest, second = np.moveaxis(np.sort(distance)[..., :2], -1, 0)
-    clear = (nearest <= COLOUR_TOLERANCE) & (second >= 1.6 * nearest)
-    return np.where(clear, distance.argmin(-1), IGNORED)
 
 
 TRAINERS = {"mvdream": train_mvdream, "views": train_views}

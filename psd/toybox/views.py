@@ -1,7 +1,7 @@
 """Groups of views: one object seen from four sides 90 degrees apart, with its cameras. What toybox/mvdream learns from.
 
 A group is a pure function of (seed, index), like the single examples of dataset.py: the same scenes, held-out rule and
-share of degraded pictures. Also what can be told of a view's azimuth: which kinds show it, how a classifier says it.
+tastes. Also what can be told of a view's azimuth: which kinds show it, how a classifier says it.
 This file knows nothing of diffusion models; what is kept of a group is its user's choice.
 """
 
@@ -22,9 +22,10 @@ from torch import Tensor
 
 from psd.scene.rig import Rig
 from psd.toybox import kinds, world
-from psd.toybox.dataset import IMAGE_SIZE, Example, degrade, example
+from psd.toybox.dataset import IMAGE_SIZE, example
 from psd.toybox.facts import GROUPS
 from psd.toybox.raster import BACKGROUND, Surface, camera_to_world, render
+from psd.toybox.taste import Taste, worn
 
 VIEWS = 4
 FOVY_DEG = 40.0
@@ -47,7 +48,7 @@ ASYMMETRIC = 0.1  # least `asymmetry` of a kind whose azimuth is asked for
 class Group:
     """A scene and the cameras that see it; the rig's fovy."""
 
-    example: Example
+    scene: world.Scene
     azimuth_deg: tuple[float, ...]  # of each view
     elevation_deg: float
     distance: float
@@ -60,8 +61,11 @@ class Group:
 def group(
     seed: int, index: int, heldout: bool = False, pairs: float = world.PAIRS
 ) -> tuple[Group, np.random.Generator]:
-    """Group `index` of data set `seed`, and the generator that draws its object and its flaw."""
-    drawn, rng = example(seed, index, heldout, pairs)
+    """Group `index` of data set `seed`, and the generator that draws its object and how worn its pictures are.
+
+    Of twins it shows the first: as many scenes as groups.
+    """
+    drawn, rng = example(seed, 2 * index, heldout, pairs)
     azimuths = rng.uniform(0, 360) + 360 / VIEWS * np.arange(VIEWS)
     elevation, distance = rng.uniform(*TOYBOX_RIG.elevation_deg), _FOCAL * rng.uniform(*TOYBOX_RIG.distance)
     return Group(drawn, tuple((azimuths % 360).tolist()), elevation, distance), rng
@@ -70,14 +74,23 @@ def group(
 def draw_group(
     seed: int, index: int, heldout: bool = False, pairs: float = world.PAIRS
 ) -> UInt8[np.ndarray, "V S S 3"]:
-    """The views of a group: one instance of the object, and one flaw of one strength over all of them."""
+    """The views of a group: one instance of the object, in one place, and pictures as worn as each other."""
     drawn, rng = group(seed, index, heldout, pairs)
-    surfaces = world.build(drawn.example.scene, rng)
-    views = np.stack([render(surfaces, pose, IMAGE_SIZE, FOVY_DEG) for pose in drawn.poses()])
-    if not drawn.example.quality:
-        return views
-    strip = views.reshape(-1, IMAGE_SIZE, 3)  # one tall picture: its seams are plain background
-    return degrade(strip, drawn.example.quality, rng).reshape(views.shape)
+    return draw_views(drawn.scene, rng, drawn.poses())
+
+
+def draw_views(
+    scene: world.Scene,
+    rng: np.random.Generator,
+    poses: Float[np.ndarray, "V 4 4"],
+    size: int = IMAGE_SIZE,
+    fovy_deg: float = FOVY_DEG,
+) -> UInt8[np.ndarray, "V S S 3"]:
+    """One instance of the scene, drawn by `rng`, from each camera (camera to world)."""
+    surfaces = world.build(scene, rng)
+    views = np.stack([render(surfaces, pose, size, fovy_deg, light=scene.taste.light) for pose in poses])
+    strip = views.reshape(-1, size, 3)  # one tall picture: its seams are plain background
+    return worn(strip, scene.taste.sharpness, rng).reshape(views.shape)
 
 
 class Groups:
@@ -141,10 +154,12 @@ def asymmetry(kind: str) -> float:
 
     Mean |difference| of RGB in [0, 1] over the pixels that the object covers before or after, averaged over 12 starts.
     The object turns and the camera stays: the light must not tell the sides apart. 0 for a solid of revolution.
+    Without trims, which half of the scenes do not have.
     """
-    surfaces, pose = world.build(world.Scene(world.Thing(kind, "red"))), camera_to_world(0, 15, 1.95)
+    scene = world.Scene(world.Thing(kind, "red"), taste=Taste(finish=0))
+    surfaces, pose = world.build(scene), camera_to_world(0, 15, 1.95)
     turns = [[_turned(surface, azimuth) for surface in surfaces] for azimuth in range(0, 360, 30)]
-    images = np.stack([render(turn, pose, 64) for turn in turns]) / 255
+    images = np.stack([render(turn, pose, 64, light=0) for turn in turns]) / 255
     covered = np.abs(images - BACKGROUND).max(-1) > 0.02
 
     def change(starts: int) -> float:

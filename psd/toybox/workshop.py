@@ -24,15 +24,17 @@ import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from psd.toybox import models
+from psd.toybox import models, world
 from psd.toybox.dataset import Renders
 from psd.toybox.facts import GROUPS
 from psd.toybox.pairs import to_pixels
+from psd.toybox.taste import true_words
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets" / "toybox"
 CHECKPOINT_EVERY_S = 240
 WARM_KEYS = 10**7  # how far apart the draws of two warm cycles begin
 NULL_CAPTION_SHARE = 0.1  # prompts dropped for classifier-free guidance
+WORDS_ALONE_SHARE = 0.05  # prompts of nothing but words of quality, as negative prompts are
 
 
 class Recipe(NamedTuple):
@@ -46,14 +48,17 @@ class Recipe(NamedTuple):
 STAGES: dict[str, Recipe] = {
     "text":       Recipe( 1000, 256, 1.0e-3, 1),
     "vae":        Recipe( 2400,  16, 1.5e-3, 1),
+    "taesd":      Recipe( 2400,  16, 1.5e-3, 1),
     "attributes": Recipe( 5000,  64, 2.0e-3, 3),
+    "instruments": Recipe(2000,  64, 2.0e-3, 3),
     "preference": Recipe( 1200,  64, 6.0e-4, 1),
     "judge":      Recipe( 2400,  64, 6.0e-4, 2),
     "sd":         Recipe(24000,  32, 6.0e-4, 1),
     "mvdream":    Recipe( 3000,   8, 4.0e-4, 4),
     "views":      Recipe( 3000,  64, 1.0e-3, 5),
 }  # fmt: skip
-IMAGES = {1: 49152, 2: 16384, 3: 32768}  # data seed -> how many renders
+TOKENIZERS = {"sd/text_encoder": "sd/tokenizer", "preference": "preference", "judge/text": "judge/tokenizer"}
+IMAGES = {1: 24576, 2: 12288, 3: 16384}  # data seed -> how many renders
 
 
 @dataclass
@@ -126,14 +131,16 @@ def run_stage(
     from tqdm.auto import tqdm
 
     file, recipe = shop.work / f"{name}.pt", STAGES[name]
-    if shop.warm and not file.exists():
-        for folder, part in parts.items():
-            part.load_state_dict(saved_weights(shop.assets / folder))
+    first = name in shop.stages and not any((shop.assets / folder).exists() for folder in parts)
+    if shop.warm and not file.exists() and not first:
+        start_warm(shop, parts)
         if name not in shop.stages:
             return module.eval()
     training = Training(module, average)
     if file.exists():
         training.load(file, shop.device)
+        if name not in shop.stages:
+            return training.best.eval()
     (rank, ranks), steps = place(), max(1, round(recipe.steps * shop.steps_scale))
     first_key = WARM_KEYS * shop.warm  # an earlier cycle's draws and noises would teach little again
     start, saved_at, smooth = training.step, time.monotonic(), None
@@ -164,6 +171,28 @@ def saved_weights(path: Path) -> dict[str, Tensor]:
 
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     return {name: weight for file in files for name, weight in load_file(file).items()}
+
+
+def start_warm(shop: Workshop, parts: dict[str, nn.Module]) -> None:
+    """Load each part's weights from its folder of `shop.assets`. Words that are new keep the embedding just drawn."""
+    for folder, part in parts.items():
+        saved = saved_weights(shop.assets / folder)
+        if folder in TOKENIZERS:
+            _carry_words(saved, part.state_dict(), shop.assets / TOKENIZERS[folder])
+        part.load_state_dict(saved)
+
+
+def _carry_words(saved: dict[str, Tensor], own: dict[str, Tensor], tokenizer: Path) -> None:
+    """Move the rows of word embeddings to where the present tokenizer has their words."""
+    from transformers import CLIPTokenizer
+
+    before, now = CLIPTokenizer.from_pretrained(tokenizer).get_vocab(), models.make_tokenizer().get_vocab()
+    kept = [token for token in now if token in before]
+    for name in saved:
+        if name.endswith(("token_embedding.weight", "word_embeddings.weight")):
+            rows = own[name].clone()
+            rows[[now[token] for token in kept]] = saved[name][[before[token] for token in kept]].to(rows)
+            saved[name] = rows
 
 
 # Processes of torchrun.
@@ -200,6 +229,17 @@ def group_loss(logits: Tensor, target: Tensor) -> Tensor:
     """Mean cross-entropy over the groups of facts."""
     parts = logits.float().split([len(values) for values in GROUPS.values()], -1)
     return sum(F.cross_entropy(part, target[:, i]) for i, part in enumerate(parts)) / len(parts)
+
+
+def training_caption(scene: world.Scene, rng: np.random.Generator) -> str:
+    """What a prior is told of a picture."""
+    kept = rng.random()
+    if kept < NULL_CAPTION_SHARE:
+        return ""
+    if kept < NULL_CAPTION_SHARE + WORDS_ALONE_SHARE:
+        words = true_words(scene.taste, rng)
+        return ", ".join(words[i] for i in rng.permutation(len(words)))
+    return world.caption(scene, rng, quality=True)
 
 
 def augment(pixels: Tensor, rng: np.random.Generator) -> Tensor:

@@ -1,6 +1,7 @@
 """The procedural world: things of a kind, colour, proportion and material, alone or in pairs, and captions that say so.
 
-Every scene knows the facts its caption states, so text alignment can be measured instead of guessed.
+Every scene knows the facts its caption states, so text alignment can be measured instead of guessed, and, apart from
+them, its taste (psd.toybox.taste): how well it is shown.
 Held out from all training: one main colour per kind (`is_heldout`), so "a <kind> in that colour" is a new combination.
 
 World z-up; objects face +x and are normalised to fit a box of side 0.95 around the origin.
@@ -9,12 +10,15 @@ World z-up; objects face +x and are normalised to fit a box of side 0.95 around 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from psd.toybox import taste as tastes
 from psd.toybox.kinds import CARRIERS, KINDS, PAIRABLE, bounds, normalised
 from psd.toybox.raster import Surface, camera_to_world, render
+from psd.toybox.taste import FINE, QUALITY, Taste
+from psd.toybox.trims import normalised_trims
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (214, 38, 40),    "orange": (246, 132, 28), "yellow": (246, 216, 48), "green": (46, 158, 68),
@@ -52,6 +56,7 @@ class Scene:
     first: Thing
     relation: str = "single"  # RELATIONS; "on": first stands on second
     second: Thing | None = None
+    taste: Taste = FINE
 
     def things(self) -> tuple[Thing, ...]:
         return (self.first,) if self.second is None else (self.first, self.second)
@@ -104,7 +109,6 @@ SYNONYMS = {
     **{name: kind.synonyms for name, kind in KINDS.items() if kind.synonyms},
 }  # fmt: skip
 OPENERS = ("", "", "", "", "a picture of ", "a photo of ", "a render of ", "an image of ", "a toy of ")
-QUALITY = ("blurry", "noisy", "faded", "low quality")  # words of degraded training images: what a negative prompt names
 
 
 def _say(word: str, rng: np.random.Generator | None) -> str:
@@ -130,8 +134,16 @@ def _describe(thing: Thing, rng: np.random.Generator | None) -> str:
     return f"{phrase} with {colour} {part}" if plural else f"{phrase} with {_article(f'{colour} {part}')}"
 
 
-def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
-    """The scene in words; `rng` draws synonyms and paraphrases, None gives the plain form."""
+def caption(scene: Scene, rng: np.random.Generator | None = None, quality: bool = False) -> str:
+    """The scene in words; `rng` draws synonyms and paraphrases, None gives the plain form.
+
+    `quality` adds, in half of the captions, a word or two of its taste; it needs `rng`.
+    """
+    text = _facts_in_words(scene, rng)
+    return ", ".join([text, *(tastes.quality_words(scene.taste, rng) if quality else [])])
+
+
+def _facts_in_words(scene: Scene, rng: np.random.Generator | None) -> str:
     first = _describe(scene.first, rng)
     opener = "" if rng is None else str(rng.choice(OPENERS))
     if scene.second is None:
@@ -156,29 +168,46 @@ def lexicon() -> list[str]:
 
 
 # Drawing.
-
-
 def _rgb(name: str) -> np.ndarray:
     return np.array(COLOURS.get(name) or FIXED[name], np.float32) / 255
 
 
-def _surfaces(thing: Thing, scale: np.ndarray, shift: np.ndarray, rng: np.random.Generator | None) -> list[Surface]:
+def _trim_tone(rgb: np.ndarray) -> np.ndarray:
+    """A tone of the main colour that shows beside it: darker, or lighter where that is dark already."""
+    return 0.55 * rgb if rgb.mean() > 0.36 else 0.6 * rgb + 0.27
+
+
+def _surfaces(
+    thing: Thing, taste: Taste, scale: np.ndarray, shift: np.ndarray, rng: np.random.Generator | None
+) -> list[Surface]:
     paint = {"main": thing.colour, "part": thing.part_colour or KINDS[thing.kind].part_colour}
     rgb = {slot: _rgb(paint.get(slot, slot)) for slot in ("main", "part", *FIXED)}
+    rgb["trim"] = _trim_tone(rgb["main"])
     if rng is not None:
         rgb = {slot: (value + rng.normal(0, 0.012, 3)).clip(0, 1).astype(np.float32) for slot, value in rgb.items()}
+    rgb = {slot: tastes.tinted(value, taste.colour) for slot, value in rgb.items()}
+    trims = normalised_trims(thing.kind)
+    shown = trims[: tastes.trims_shown(len(trims), taste.finish)]
     metal = thing.material == "metal"
     return [
         Surface(p.moved(scale, shift), rgb[p.slot], metal and p.slot in ("main", "part"))
-        for p in normalised(thing.kind)
+        for p in [*normalised(thing.kind), *(p for trim in shown for p in trim)]
     ]
 
 
 def build(scene: Scene, rng: np.random.Generator | None = None) -> list[Surface]:
-    """The scene's surfaces in world coordinates; `rng` adds small variations of shape and paint."""
+    """The scene's surfaces in world coordinates; `rng` adds small variations of shape and paint, and its placement."""
     jitter = np.ones(3) if rng is None else 1 + rng.uniform(-0.04, 0.04, 3)
+    surfaces = _standing(scene, jitter, rng)
+    place = tastes.placed(scene.taste.framing, rng)
+    turned = place.scale * place.rotation
+    return [replace(s, primitive=s.primitive.mapped(turned, place.shift)) for s in surfaces]
+
+
+def _standing(scene: Scene, jitter: np.ndarray, rng: np.random.Generator | None) -> list[Surface]:
     if scene.second is None:
-        return _surfaces(scene.first, jitter * PROPORTIONS[scene.first.proportion], np.zeros(3), rng)
+        scale = jitter * PROPORTIONS[scene.first.proportion]
+        return _surfaces(scene.first, scene.taste, scale, np.zeros(3), rng)
     scale = 0.60 * jitter
     heights = [float(np.diff(np.stack(bounds(normalised(t.kind)))[:, 2])[0]) * scale[2] for t in scene.things()]
     if scene.relation == "on":
@@ -188,10 +217,12 @@ def build(scene: Scene, rng: np.random.Generator | None = None) -> list[Surface]
         sideways = np.array([1.0, -1.0, 0.0]) / np.sqrt(2) * 0.34
         ground = -max(heights) / 2
         shifts = [side * sideways + [0, 0, ground + h / 2] for side, h in zip((1, -1), heights)]
-    return [s for t, shift in zip(scene.things(), shifts) for s in _surfaces(t, scale, shift, rng)]
+    return [s for t, shift in zip(scene.things(), shifts) for s in _surfaces(t, scene.taste, scale, shift, rng)]
 
 
 def draw(scene: Scene, size: int = 128, rng: np.random.Generator | None = None, oversample: int = 2) -> np.ndarray:
     """uint8 [size, size, 3]: the scene from the front, three-quarter view; `rng` varies camera, shape and paint."""
     azimuth, elevation = (45.0, 20.0) if rng is None else (rng.uniform(20, 70), rng.uniform(10, 30))
-    return render(build(scene, rng), camera_to_world(azimuth, elevation, 1.95), size, oversample=oversample)
+    pose = camera_to_world(azimuth, elevation, 1.95)
+    image = render(build(scene, rng), pose, size, oversample=oversample, light=scene.taste.light)
+    return tastes.worn(image, scene.taste.sharpness, np.random.default_rng(0) if rng is None else rng)

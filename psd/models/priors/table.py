@@ -77,14 +77,19 @@ TAESD = DecoderInfo(
     "MIT", 10, "TAESD decodes what is ranked and previewed.",
 )  # fmt: skip
 
+TOYBOX_TAESD = DecoderInfo(
+    Source("toybox/taesd"), "Apache-2.0", 0, "A small decoder decodes what is ranked and previewed."
+)
+
 # The revisions are the commits that published work pins; every file of them is safetensors, JSON or text.
 PRIORS: dict[str, PriorInfo] = {
     "toybox/sd": PriorInfo(
         Source("toybox/sd"), "Apache-2.0", 0, "Stable Diffusion in small, 128 px, knows the toybox's words.",
+        fast_decoder=TOYBOX_TAESD,
     ),
     "toybox/mvdream": PriorInfo(
         Source("toybox/mvdream"), "Apache-2.0", 0, "MVDream in small: four views at once of the toybox's objects.",
-        views=4, model=MULTI_VIEW, parts=Source("toybox/sd"), frame=TOYBOX_FRAME,
+        views=4, model=MULTI_VIEW, parts=Source("toybox/sd"), frame=TOYBOX_FRAME, fast_decoder=TOYBOX_TAESD,
     ),
     "stable-diffusion-v1-5/stable-diffusion-v1-5": PriorInfo(
         Source(
