@@ -8,14 +8,14 @@ window.psd = {
     },
 
     // The share link of the form's values, into the clipboard too. Only what differs from the preset goes into it, so it
-    // stays short, and survives a restart of the server.
+    // stays short, and survives a restart of the server; an upload, the one value that is an object, does not.
     link(...values) {
         const {names, presets} = psd.data, settings = {};
         names.forEach((name, i) => settings[name] = Array.isArray(values[i]) ? values[i].join(', ') : values[i]);
         const base = presets[settings.preset] ?? {}, query = new URLSearchParams();
         for (const [name, value] of Object.entries(settings)) {
             const always = ['prompt', 'preset', 'seed'].includes(name);
-            if (value !== null && (always || value !== base[name])) query.set(name, value);
+            if (value !== null && typeof value !== 'object' && (always || value !== base[name])) query.set(name, value);
         }
         const link = location.origin + location.pathname + '?' + query;
         navigator.clipboard?.writeText(link).catch(() => {});

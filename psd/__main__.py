@@ -98,7 +98,8 @@ def add_flag(group: argparse._ArgumentGroup, setting: Setting) -> None:
     if setting.kind is bool:
         options["action"] = argparse.BooleanOptionalAction
     else:
-        options["type"], options["metavar"] = setting.kind, {str: "NAME", int: "N", float: "X"}[setting.kind]
+        options["type"] = setting.kind
+        options["metavar"] = "FILE" if setting.local else {str: "NAME", int: "N", float: "X"}[setting.kind]
     group.add_argument("--" + setting.name.replace("_", "-"), **options)
 
 

@@ -28,6 +28,7 @@ class Setting(NamedTuple):
     low: float | None
     high: float | None
     group: str
+    local: bool  # names a file of this machine: over the network an upload, and it does not travel with the settings
 
 
 def setting(
@@ -39,9 +40,11 @@ def setting(
     low: float | None = None,
     high: float | None = None,
     group: str = "main",
+    local: bool = False,
 ) -> Any:
     """A dataclass field with what FIELDS tells of it; without a label its own name."""
-    metadata = {"label": label, "help": help, "choices": choices, "low": low, "high": high, "group": group}
+    bounds = {"choices": choices, "low": low, "high": high}
+    metadata = {"label": label, "help": help, **bounds, "group": group, "local": local}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -112,6 +115,10 @@ class RunConfig:
         "3D: share of MVDream's rescaling of x0-hat to the contrast that eps_y alone has (tames a large gamma).",
         label="Rescaling of x0 (3D)", low=0.0, high=1.0, group="method")
 
+    negative_from: str = setting("",
+        "File of a learned n (ARM_negative.safetensors) that every arm starts from, in place of the negative prompt; "
+        "an arm that does not learn n, such as without, keeps it.",
+        label="Start n from a file", group="negative", local=True)
     negative_lr: float = setting(3e-3, "Learning rate of the negative embedding n (eq. 13); 0 keeps n fixed.",
         label="Learning rate of n", low=0.0, high=1.0, group="negative")
     negative_optimizer: str = setting("adam", "Optimiser of n.", label="Optimiser of n", choices=("adam", "sgd"),
@@ -169,12 +176,13 @@ class RunConfig:
         return cls(**{**PRESETS[preset], "preset": preset, **chosen})
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """Every setting by its name; those of LOCAL are empty: no path of this machine leaves it."""
+        return {**dataclasses.asdict(self), **dict.fromkeys(LOCAL, "")}
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> RunConfig:
         """Inverse of `to_dict`; what older versions wrote is read as today's, other unknown keys are ignored."""
-        return cls(**{name: value for name, value in todays(settings).items() if name in FIELDS})
+        return cls(**{name: value for name, value in todays(settings).items() if name in FIELDS and name not in LOCAL})
 
 
 FIELDS: dict[str, Setting] = {
@@ -184,6 +192,7 @@ FIELDS: dict[str, Setting] = {
     )
     for field in dataclasses.fields(RunConfig)
 }  # fmt: skip
+LOCAL = tuple(name for name, setting in FIELDS.items() if setting.local)
 
 
 def todays(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -77,4 +77,4 @@ class Finished:
     seconds: float
     stopped: str = ""  # why the loop ended early, one sentence; empty when it did not
     failed: bool = False  # whether it broke down, and was not only stopped
-    remarks: tuple[str, ...] = ()  # one sentence each: what could not be written, or scored
+    remarks: tuple[str, ...] = ()  # one sentence each: what could not be written or scored, or is not in the settings

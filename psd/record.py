@@ -3,6 +3,7 @@
     run.json                          config, state, arms with their files, scores and remarks, times, versions
     metrics.csv                       one row a step
     ARM.png, ARM.glb, ...             one file a kind and arm (KINDS)
+    ARM_negative.safetensors          n, of an arm that learns it (psd.embedding)
     previews/000012.webp              the latest ones, while it runs
 
 run.json says "running" at the start, "writing" while artefacts are written, then "done", or "abandoned" where nobody
@@ -18,6 +19,7 @@ import math
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,22 +29,26 @@ from PIL import Image
 from torch import Tensor
 
 import psd
-from psd.config import RunConfig
+from psd.config import LOCAL, RunConfig
+from psd.contracts import Artefact
+from psd.embedding import export_embedding, read_embedding
 from psd.errors import Abandoned, RequestError
 from psd.events import ArmResult, Preview
 from psd.export import PNG_KEY, export_json, export_metrics
-from psd.models.priors.table import prior_info
+from psd.methods import learns_negative
+from psd.models.priors.table import prior_info, shown_name
 from psd.models.rewards.table import REWARDS, reward_terms
 from psd.scene.files import read_glb_extras
 
 if TYPE_CHECKING:
-    from psd.contracts import Reward, Stage
+    from psd.contracts import Arm, Reward, Stage
 
 log = logging.getLogger(__name__)
 
 MANIFEST, METRICS, PREVIEWS = "run.json", "metrics.csv", "previews"
 KINDS = {
-    "picture": ".png", "glb": ".glb", "views": "_views.png", "turntable": ".mp4", "ply": ".ply", "obj": ".zip",
+    "picture": ".png", "negative": "_negative.safetensors", "glb": ".glb", "views": "_views.png",
+    "turntable": ".mp4", "ply": ".ply", "obj": ".zip",
 }  # fmt: skip
 KEPT_PREVIEWS = 20
 MAX_SETTINGS_BYTES = 1_000_000
@@ -62,7 +68,7 @@ class Result:
     seconds: float = math.nan
     stopped: str = ""  # why the loop ended early, one sentence
     failed: bool = False  # whether it broke down, and was not only stopped
-    remarks: tuple[str, ...] = ()  # one sentence each: what could not be written, or scored
+    remarks: tuple[str, ...] = ()  # one sentence each: what could not be written or scored, or is not in the settings
     preview: Path | None = None
 
     @property
@@ -80,6 +86,13 @@ class Record:
         self.arms: dict[str, ArmResult] = {}
         self.remarks: list[str] = []
         self.begun = False
+        self.settings = config.to_dict()
+        if config.negative_from:  # the settings tell which file it was, not where
+            digest = self.settings["negative_from_sha256"] = read_embedding(config.negative_from).sha256
+            self.remarks.append(
+                f"n started from a file (SHA-256 {digest[:16]}), not from the negative prompt: restored settings do "
+                "not bring it."
+            )
         try:
             directory.mkdir(parents=True)
             export_json(directory / MANIFEST, self._manifest("running", 0.0, "", failed=False))
@@ -116,8 +129,11 @@ class Record:
         if rewards:
             self._guarded(f"scores of {name}", lambda: scores.update(scores_of(*stage.scored(name), rewards)))
         result = ArmResult(None, scores, {}, {})
-        about = {**self.config.to_dict(), "arm": name, "scores": scores}
-        for artefact in stage.artefacts(name):
+        about = {**self.settings, "arm": name, "scores": scores}
+        artefacts = list(stage.artefacts(name))
+        if learns_negative(stage.arms[name].config):
+            artefacts.insert(1, Artefact("negative", partial(self._write_negative, stage.arms[name])))
+        for artefact in artefacts:
             self.check_heard()
             path = self.directory / f"{name}{KINDS[artefact.kind]}"
 
@@ -131,6 +147,15 @@ class Record:
             if reason:
                 result.remarks[artefact.kind] = {"reason": reason}
         self.arms[name] = result._replace(picture=result.files.get("picture"))
+
+    def _write_negative(self, arm: Arm, path: Path, about: dict[str, Any]) -> None:
+        """n of an arm, of its first run where it holds several; with what it is of."""
+        kept = ("arm", "reward", "negative_lr", "negative_from_sha256")
+        about = {name: about[name] for name in kept if name in about} | {
+            "prior": shown_name(arm.config.prior), "steps": len(self.rows),
+            "negative_prompt": "" if arm.config.negative_from else arm.config.negative_prompt,
+        }  # fmt: skip
+        export_embedding(path, arm.method.negative.value[0].float().cpu().numpy(), about)
 
     def _guarded(self, what: str, write: Callable[[], None]) -> str:
         """Do it; where that fails, remember and return why, in one sentence."""
@@ -157,7 +182,7 @@ class Record:
             for name, arm in self.arms.items()
         }
         return {
-            "config": self.config.to_dict(), "state": state, "arms": arms, "steps_done": len(self.rows),
+            "config": self.settings, "state": state, "arms": arms, "steps_done": len(self.rows),
             "seconds": round(seconds, 3), "stopped": stopped, "failed": failed, "remarks": self.remarks,
             "versions": versions(), **revisions(self.config),
         }  # fmt: skip
@@ -242,7 +267,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def settings_of(path: Path) -> dict[str, Any]:
     """The settings inside a result: the picture's text chunk, the mesh's extras or run.json's "config".
 
-    As they were written, unchecked. Raises RequestError.
+    As they were written, unchecked, but without the names of files: they mean nothing here. Raises RequestError.
     """
     try:
         if path.suffix.lower() == ".glb":
@@ -258,7 +283,7 @@ def settings_of(path: Path) -> dict[str, Any]:
     found = found.get("config", found) if isinstance(found, dict) else {}
     if not isinstance(found, dict) or not isinstance(found.get("prompt"), str):
         raise RequestError("This file carries no settings: drop a result PNG, GLB or run.json that this app wrote.")
-    return found
+    return {name: value for name, value in found.items() if name not in LOCAL}
 
 
 def as_float(value: Any) -> float:

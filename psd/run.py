@@ -48,18 +48,20 @@ def generate(
     allow_download: bool = True,
     *,
     access: Access = OWNER,
+    uploads: Path | None = None,
     deadline_s: float | None = None,
     stop: Callable[[], str] = lambda: "",
     heard: Callable[[], bool] = lambda: True,
 ) -> Iterator[Event]:
     """Run `config`; yields Downloading, Started, Steps with Previews, Finished (psd.events).
 
-    Files go to a new folder under `output_root` ("outputs"). `deadline_s` ends the loop as the config's own budget
-    does; `stop` is asked after each step, and ends it with the sentence that it answers; `heard` is asked after each
-    step and before each file, and where nobody listens any more Abandoned is raised. Raises RequestError, with one
-    sentence, before anything heavy for a bad request and while loading for missing weights.
+    Files go to a new folder under `output_root` ("outputs"). Whoever is no owner may name files below `uploads` alone.
+    `deadline_s` ends the loop as the config's own budget does; `stop` is asked after each step, and ends it with the
+    sentence that it answers; `heard` is asked after each step and before each file, and where nobody listens any more
+    Abandoned is raised. Raises RequestError, with one sentence, before anything heavy for a bad request and while
+    loading for missing weights.
     """
-    check_request(config, allow_local=access == OWNER)
+    check_request(config, access == OWNER, uploads)
     for downloading in fetch_models(config, allow_download, access):
         if not heard():
             raise Abandoned
@@ -73,7 +75,8 @@ def generate(
     states, stopped, failed = distil(models.prior, stage), "", False
     clock.start()
     try:
-        warnings = models.prior.remarks(config.prompt) + models.prior.remarks(config.negative_prompt, "negative prompt")
+        read = {"prompt": config.prompt} | ({} if config.negative_from else {"negative prompt": config.negative_prompt})
+        warnings = [remark for label, text in read.items() for remark in models.prior.remarks(text, label)]
         yield Started(record.directory.name, record.directory, config, tuple(stage.arms), tuple(warnings))
         for state in states:
             if state.failure:

@@ -17,6 +17,7 @@ from jaxtyping import Float32
 from PIL import Image, ImageOps
 
 from psd.config import ARMS, FIELDS, MAX_PROMPT_CHARS, MODES, PRESETS, RunConfig, Setting, arm_names, arms_of
+from psd.embedding import read_embedding
 from psd.errors import RequestError, shown, unknown_name
 from psd.methods import METHODS
 from psd.models.hub import is_hub_id
@@ -35,12 +36,12 @@ TYPE_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true
 TABLES: dict[str, Collection[str]] = {"preset": PRESETS, "mode": MODES, "method": METHODS}
 
 
-def check_request(config: RunConfig, allow_local: bool = False) -> None:
+def check_request(config: RunConfig, allow_local: bool = False, uploads: Path | None = None) -> None:
     """Raise RequestError on the first thing in `config` that would make the run fail or mean nothing.
 
-    `allow_local` admits a folder of this machine as prior. It is for callers who own the machine (command line,
-    Python); over the network it would let a stranger make the server read any path. Weights are not opened here:
-    the loaders report a missing or corrupted file, also as RequestError.
+    `allow_local` admits files and folders of this machine. It is for callers who own the machine (command line,
+    Python); over the network it would let a stranger make the server read any path, who may name files below `uploads`
+    alone. Weights are not opened here: the loaders report a missing or corrupted file, also as RequestError.
     """
     for name, setting in FIELDS.items():
         check_field(setting, getattr(config, name))
@@ -52,6 +53,7 @@ def check_request(config: RunConfig, allow_local: bool = False) -> None:
         check_name(name, getattr(config, name), table)
     check_arms(config)
     check_models(config, allow_local)
+    check_negative(config, allow_local, uploads)
     check_mode(config)
     check_fast_decoder(config)
     if config.t_min >= config.t_max:
@@ -155,6 +157,26 @@ def check_models(config: RunConfig, allow_local: bool) -> None:
             f"give such a folder, one of {', '.join(PRIORS)}{otherwise}.",
             "prior",
         )
+
+
+def check_negative(config: RunConfig, allow_local: bool, uploads: Path | None) -> None:
+    """The file that n starts from is there and holds one; whether its prior reads it is known once that is loaded."""
+    if not config.negative_from:
+        return
+    if not allow_local and not (uploads and is_below(config.negative_from, uploads)):
+        raise RequestError(
+            "negative_from must be an upload: send an ARM_negative.safetensors that a run has written.", "negative_from"
+        )
+    read_embedding(config.negative_from)
+
+
+def is_below(path: str | Path, *folders: Path) -> bool:
+    """Whether a path, with its links followed, lies in one of these folders; it need not be there."""
+    try:
+        found = Path(path).resolve()
+        return any(found.is_relative_to(folder.resolve()) for folder in folders)
+    except (OSError, ValueError, TypeError, RuntimeError):
+        return False
 
 
 def check_mode(config: RunConfig) -> None:

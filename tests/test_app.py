@@ -75,8 +75,10 @@ def test_generate_streams_previews_then_returns_everything(finished: list[tuple]
     for name, arm in arms.items():
         assert {"toybox/preference", "toybox/judge"} <= arm["scores"].keys()
         assert all(math.isfinite(value) for value in arm["scores"].values())
-        assert arm["files"] == {"picture": f"{name}.png"} and arm["remarks"] == {}
-    assert [Path(path).name for path in paths] == ["with.png", "without.png", "metrics.csv", "run.json"]
+        learned = {"negative": f"{name}_negative.safetensors"} if name == "with" else {}
+        assert arm["files"] == {"picture": f"{name}.png"} | learned and arm["remarks"] == {}
+    names = ["with.png", "with_negative.safetensors", "without.png", "metrics.csv", "run.json"]
+    assert [Path(path).name for path in paths] == names
 
 
 def test_files_of_a_run_restore_its_settings(finished: list[tuple]):
@@ -98,9 +100,38 @@ def test_any_arms_in_their_order(client: Client):
         prompt=PROMPT, steps=2, arms="selection, with, no-negative", api_name="/generate"
     )
     assert list(arms) == ["selection", "with", "no-negative"]
-    assert [Path(path).name for path in paths[:3]] == ["selection.png", "with.png", "no-negative.png"]
+    pictures = [Path(path).name for path in paths if path.endswith(".png")]
+    assert pictures == ["selection.png", "with.png", "no-negative.png"]
     wide, high = Image.open(preview).size
     assert wide == 3 * high
+
+
+def test_the_n_of_a_run_starts_another_one_as_an_upload(client: Client, finished: list[tuple]):
+    learned = next(path for path in finished[-1][3] if path.endswith("with_negative.safetensors"))
+    _, status, arms, paths = client.predict(
+        prompt=PROMPT, steps=2, negative_from=handle_file(learned), api_name="/generate"
+    )
+    assert status["remarks"][0].startswith("n started from a file") and status["config"]["negative_from"] == ""
+    assert arms["with"]["files"]["negative"] == "with_negative.safetensors"
+    plain = client.predict(prompt=PROMPT, steps=2, arms="without", api_name="/generate")
+    beside = [Image.open(pictures(item)["without"]).tobytes() for item in (plain, (None, status, arms, paths))]
+    assert beside[0] != beside[1]
+
+
+@pytest.mark.parametrize(
+    ("sent", "sentence"),
+    [
+        ("/etc/passwd", "negative_from must be an upload"),
+        ({"path": "/nowhere"}, "negative_from must be an upload"),
+        (3, "negative_from must be text"),
+        (handle_file(Path(__file__)), "negative_from 'test_app.py' is not a safetensors file"),
+    ],
+    ids=["a path", "a told path", "a number", "another file"],
+)
+def test_an_n_that_is_no_upload_of_one_is_refused(client: Client, sent: object, sentence: str):
+    with pytest.raises(ValidationError) as refusal:
+        client.predict(prompt=PROMPT, negative_from=sent, api_name="/generate")
+    assert sentence in str(refusal.value)
 
 
 def test_scores_rates_an_uploaded_picture(client: Client, finished: list[tuple]):
@@ -200,7 +231,7 @@ def test_two_clients_never_share_a_folder(app_url: str):
 
     with ThreadPoolExecutor(2) as pool:
         first, second = ({file["path"] for file in paths} for paths in pool.map(run, (1, 2)))
-    assert len(first) == len(second) == 4 and not first & second
+    assert len(first) == len(second) == 5 and not first & second
 
 
 def test_api_describes_itself(client: Client):

@@ -192,6 +192,28 @@ def restored(page: Page) -> None:
     assert len(ticked) == 3
 
 
+def test_a_learned_n_is_downloaded_and_starts_the_next_run(browser: Browser, app_url: str, tmp_path: Path):
+    page, faults = open_page(browser, app_url, 1440, "light")
+    set_steps(page, 3)
+    page.get_by_label("Prompt", exact=True).fill(PROMPT)
+    run(page)
+    assert "n started from a file" not in finished(page)
+    learned = saved(page, "Learned n, with preference", tmp_path / "with_negative.safetensors")
+    assert page.get_by_role("link", name="Learned n, without", exact=True).count() == 0
+
+    page.get_by_role("button", name="Negative embedding").click()
+    page.locator("#negative_from input[type=file]").set_input_files(learned)
+    page.locator("#negative_from").get_by_text("with_negative").first.wait_for()
+    page.screenshot(path=tmp_path / "dropped.png", full_page=True)
+    assert unlabelled(page) == []
+    run(page)
+    assert "n started from a file" in finished(page)
+    page.get_by_role("button", name="Share and restore").click()
+    assert "negative_from" not in copied_link(page, "steps=3")
+    assert faults == []
+    page.close()
+
+
 def test_text_from_outside_is_shown_and_never_taken_for_html(browser: Browser, app_url: str, tmp_path: Path):
     """A link, a dropped file, a model's name and a prompt with an image of another host: no request goes there."""
     page, faults = open_page(browser, app_url, 1440, "light", f"&preset={quote(TAG)}")

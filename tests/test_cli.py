@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 
 from psd.__main__ import main
 from psd.config import ARMS, PRESETS, RunConfig
+from psd.embedding import export_embedding
 from psd.errors import RequestError
 from psd.events import ArmResult, Finished, Started, Step
 from psd.export import export_json
@@ -111,8 +113,16 @@ def test_a_given_flag_overrides_the_preset(run: Callable[..., int], runs: Runs):
     assert runs.configs == [expected]
 
 
+@pytest.fixture
+def learned(tmp_path: Path) -> Path:
+    """The file of an n."""
+    path = tmp_path / "with_negative.safetensors"
+    export_embedding(path, np.ones((2, 3), np.float32), {})
+    return path
+
+
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(RunConfig) if field.name != "prompt"])
-def test_every_flag_reaches_its_field(name: str, run: Callable[..., int], runs: Runs):
+def test_every_flag_reaches_its_field(name: str, run: Callable[..., int], runs: Runs, learned: Path):
     field = RunConfig.__dataclass_fields__[name]
     other = {"preset": "toybox-quick", "prior": "org/name", "reward": list(REWARDS)[-1], "t_min": 0.5, "t_max": 0.5}
     other |= {
@@ -122,7 +132,13 @@ def test_every_flag_reaches_its_field(name: str, run: Callable[..., int], runs: 
         "image_size": 128,
         "steps": 1000,
     }
-    other |= {"view_prompts": True, "fast_decoder": True, "mode": "3d", "method": "negative"}
+    other |= {
+        "negative_from": str(learned),
+        "view_prompts": True,
+        "fast_decoder": True,
+        "mode": "3d",
+        "method": "negative",
+    }
     value = other.get(name) if name in other else (field.metadata["choices"] or (field.metadata["high"],))[-1]
     flag = "--" + name.replace("_", "-")
     flags = {True: [flag], False: ["--no-" + flag[2:]]}[value] if isinstance(value, bool) else [flag, str(value)]
@@ -177,6 +193,7 @@ def test_a_random_seed_is_drawn_and_told(run: Callable[..., int], runs: Runs, ca
         ([PROMPT, "--pair", "ddmi"], "did you mean ddim?"),
         ([PROMPT, "--preset", "toybox-imgae"], "did you mean toybox-image or"),
         ([PROMPT, "--prior", "/nowhere"], "no model_index.json"),
+        ([PROMPT, "--negative-from", "/nowhere/n.safetensors"], "negative_from 'n.safetensors' is not a file"),
         ([PROMPT, "--t-min", "0.9", "--t-max", "0.1"], "t_min must be below t_max"),
     ],
 )
@@ -247,7 +264,7 @@ def test_a_terminated_run_writes_its_results_first(tmp_path: Path):
     result = read(folder)
     assert result.state == "done" and " after step " in result.stopped
     assert set(result.arms) == {"with", "without"} and all(arm.picture for arm in result.arms.values())
-    assert f"is in {folder}: with.png, without.png, metrics.csv, run.json" in shown
+    assert f"is in {folder}: with.png, with_negative.safetensors, without.png, metrics.csv, run.json" in shown
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ MODULES = {
 # Lowest first. A module imports from lower layers or from its own package, never sideways or upward.
 LAYERS = [
     {"psd", "psd.errors", "psd.export", "psd.config", "psd.guidance"},
-    {"psd.scene", "psd.schedule", "psd.events"},
+    {"psd.scene", "psd.schedule", "psd.events", "psd.embedding"},
     {"psd.contracts"},
     {"psd.methods", "psd.models", "psd.score", "psd.distil"},
     {"psd.safety", "psd.record", "psd.modes"},
@@ -148,6 +148,7 @@ def test_shapes_in_annotations_are_checked_here():
         ("psd", LATE),
         ("psd.__main__", LATE),
         ("psd.safety", LATE),
+        ("psd.embedding", LATE),
         ("psd.models.priors", LATE),
         ("psd.models.rewards", LATE),
         ("psd.events", LATE | {"numpy"}),

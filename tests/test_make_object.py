@@ -85,7 +85,7 @@ def test_metrics(events: list):
 def test_files(events: list, config: RunConfig):
     last = events[-1]
     assert isinstance(last, Finished)
-    expected = [f"{arm}{end}" for arm in ("with", "without") for end in ARM_FILES]
+    expected = [f"{arm}{end}" for arm in ("with", "without") for end in ARM_FILES] + ["with_negative.safetensors"]
     assert sorted(path.name for path in last.directory.iterdir()) == sorted([*expected, "metrics.csv", "run.json"])
     found = record.read(last.directory)
     assert found.arms == last.arms and found.state == "done" and len(found.rows) == 4

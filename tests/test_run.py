@@ -65,7 +65,7 @@ def test_metrics(events: list):
 
 def test_files(events: list):
     last: Finished = events[-1]
-    names = ["metrics.csv", "run.json", "with.png", "without.png"]
+    names = ["metrics.csv", "run.json", "with.png", "with_negative.safetensors", "without.png"]
     assert sorted(path.name for path in last.directory.iterdir()) == names
     found = record.read(last.directory)
     assert found.arms == last.arms and sorted(path.name for path in found.files) == names
@@ -206,7 +206,8 @@ def test_closing_keeps_the_last_state(tmp_path: Path):
     (directory,) = tmp_path.iterdir()
     found = record.read(directory)
     assert (found.state, found.stopped) == ("done", "Cancelled after step 3 of 40.")
-    assert sorted(path.name for path in found.files) == ["metrics.csv", "run.json", "with.png", "without.png"]
+    names = ["with.png", "with_negative.safetensors", "without.png", "metrics.csv", "run.json"]
+    assert [path.name for path in found.files] == names
 
 
 def test_a_run_that_nobody_hears_writes_its_numbers_alone(tmp_path: Path):
@@ -222,9 +223,11 @@ def test_a_run_that_nobody_hears_writes_its_numbers_alone(tmp_path: Path):
     assert sorted(path.name for path in directory.iterdir()) == ["metrics.csv", "run.json"]
 
 
-@pytest.mark.parametrize(("asked", "files"), [(3, []), (7, []), (8, ["with.png"])])
+@pytest.mark.parametrize(
+    ("asked", "files"), [(3, []), (7, []), (8, ["with.png"]), (9, ["with.png", "with_negative.safetensors"])]
+)
 def test_nobody_is_asked_for_after_each_step_and_before_each_file(asked: int, files: list[str], tmp_path: Path):
-    """Six steps, then a picture of each arm; nobody hears from the `asked`-th question on."""
+    """Six steps, picture and n of the first arm, the other's picture; nobody hears from the `asked`-th question on."""
     heard = iter([True] * (asked - 1) + [False])
     with pytest.raises(Abandoned):
         list(generate(CONFIG, tmp_path, heard=lambda: next(heard)))

@@ -10,6 +10,7 @@ from pkgutil import resolve_name
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
+    from psd.config import RunConfig
     from psd.contracts import Method
 
 
@@ -19,6 +20,7 @@ class MethodInfo(NamedTuple):
     method: str
     about: str
     ranks: bool = False  # whether it asks the reward which of several noises is best; a mixture learns its scales there
+    learns: bool = False  # whether it has an n of its own, `negative` (psd.methods.negative), which a run keeps
 
     def load(self) -> type[Method]:
         return resolve_name(self.method)
@@ -26,8 +28,14 @@ class MethodInfo(NamedTuple):
 
 METHODS: dict[str, MethodInfo] = {
     "psd": MethodInfo(
-        "psd.methods.preference:PSD", "Preference score distillation: delta_pref and the learned n.", ranks=True
+        "psd.methods.preference:PSD", "Preference score distillation: delta_pref and the learned n.", ranks=True,
+        learns=True,
     ),
     "sds": MethodInfo("psd.methods.sds:SDS", "Plain score distillation; in image mode it is DDIM."),
-    "negative": MethodInfo("psd.methods.negative:NegativeOnly", "The learned n alone (Sec. 3.3)."),
-}
+    "negative": MethodInfo("psd.methods.negative:NegativeOnly", "The learned n alone (Sec. 3.3).", learns=True),
+}  # fmt: skip
+
+
+def learns_negative(config: RunConfig) -> bool:
+    """Whether n moves in a run, or an arm, of these settings."""
+    return METHODS[config.method].learns and config.negative_lr > 0

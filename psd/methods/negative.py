@@ -13,8 +13,26 @@ from jaxtyping import Float
 from torch import Tensor
 
 from psd import guidance
-from psd.contracts import Answer, Ask, Guided, Now, Setup
+from psd.config import RunConfig
+from psd.contracts import Answer, Ask, Guided, Now, Prior, Setup
+from psd.embedding import read_embedding, refusal
 from psd.methods.sds import distilled, noisy
+
+
+def starting_negative(config: RunConfig, prior: Prior, runs: int = 1) -> Float[Tensor, "S L D"]:
+    """n_0 of every arm: the negative prompt's embedding, or the n in the file `negative_from`, one for each of `runs`.
+
+    Raises RequestError where the file cannot be read or is of another prior.
+    """
+    embedded = prior.embed([config.negative_prompt] * runs)
+    if not config.negative_from:
+        return embedded
+    given = torch.from_numpy(read_embedding(config.negative_from).values)
+    if given.shape != embedded.shape[1:]:
+        found, needed = list(given.shape), list(embedded.shape[1:])
+        why = f"holds an array of {found}, {prior.name} reads {needed}"
+        raise refusal(config.negative_from, why, "a run with this prior")
+    return given.to(embedded.device).repeat(runs, 1, 1)
 
 
 class NegativeEmbedding:

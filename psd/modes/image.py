@@ -18,6 +18,7 @@ from psd.contracts import Answer, Arm, Artefact, Ask, Drawn, Guided, Models, Obs
 from psd.errors import RequestError
 from psd.export import export_png, to_uint8
 from psd.methods import METHODS
+from psd.methods.negative import starting_negative
 from psd.schedule import NoiseSchedule, descending_timesteps, further_noise, shift_timestep
 from psd.score import BoundScore
 
@@ -62,7 +63,7 @@ class ImageStage:
         self.schedule, total = NoiseSchedule(prior.alphas_cumprod), len(prior.alphas_cumprod)
         self.timesteps = descending_timesteps(config.steps, config.t_max, config.t_min, total).tolist()
         self.steps = config.steps - 1
-        self.y, self.n_0 = prior.embed(self.prompts), prior.embed([config.negative_prompt] * len(self.prompts))
+        self.y, self.n_0 = prior.embed(self.prompts), starting_negative(config, prior, len(self.prompts))
         self.latents: dict[str, Latents] = {}
         self.arms: dict[str, Arm] = {}
         for name, arm in arms.items():

@@ -19,6 +19,7 @@ from psd.config import RunConfig
 from psd.contracts import Answer, Arm, Artefact, Ask, Drawn, Guided, Models, Observed, Setup
 from psd.export import to_uint8
 from psd.methods import METHODS
+from psd.methods.negative import starting_negative
 from psd.modes import pictures
 from psd.scene.cameras import camera_embedding, sample_cameras
 from psd.scene.fields import ConstantBackground, DirectionalBackground, HashField, VoxelField
@@ -123,7 +124,7 @@ class ObjectStage:
         torch.manual_seed(config.seed)  # modules draw their first weights from the global generator
         field = start_field(config, self.frame.radius).to(prior.device)
         background = start_background(self.frame).to(prior.device)
-        y, n_0 = prior.embed([config.prompt]), prior.embed([config.negative_prompt])
+        y, n_0 = prior.embed([config.prompt]), starting_negative(config, prior)
         self.sculptures: dict[str, Sculpture] = {}
         self.arms: dict[str, Arm] = {}
         for name, arm in arms.items():

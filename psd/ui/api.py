@@ -23,11 +23,11 @@ from psd.errors import RequestError
 from psd.models.needs import check_downloads
 from psd.models.rewards import load_reward
 from psd.record import read
-from psd.safety import check_image, check_text
+from psd.safety import check_image, check_text, is_below
 from psd.ui import files
 from psd.ui.estimate import check_work, gpu_seconds
 from psd.ui.examples import EXAMPLES
-from psd.ui.form import ALLOW_DOWNLOAD_HELP, NAMES, checked, help_line, named
+from psd.ui.form import ALLOW_DOWNLOAD_HELP, NAMES, checked, help_line, named, upload
 from psd.ui.watch import View, clear_errors, embedded_rewards, watch
 
 # The only parameters with a default of their own; all others default to the preset's value.
@@ -37,11 +37,11 @@ Returns:
     preview: latest preview, the arms side by side in their order.
     status: step, steps, seconds, ETA, seed, warnings, metrics of the step, whether it waits for another run, and the
         download if there is one before the first step. In the last item finished is true, stopped says why the run
-        ended early ("" if it did not), failed whether it broke down, remarks what could not be made, config all
-        settings.
+        ended early ("" if it did not), failed whether it broke down, remarks what could not be made or is not in the
+        settings, config all of these.
     arms: of each arm, in their order, its raw scores (the target reward, a mixture's members, the held-out judges), the
-        names of its files by kind (picture; of an object also glb, views, turntable, ply, obj), and remarks on them
-        (last item only).
+        names of its files by kind (picture; negative, the n that it learned; of an object also glb, views, turntable,
+        ply, obj), and remarks on them (last item only).
     files: every file of the run, among them metrics.csv and run.json (last item only).
 """
 
@@ -172,12 +172,8 @@ def scores(image: str | None, prompt: str = "") -> dict[str, float]:
 def uploaded(image: str) -> Path:
     """The path of an upload or of a shipped example. Raises RequestError on every other one, whether it exists or not:
     a request can name any file of this machine."""
-    try:
-        path = Path(image).resolve()
-        if any(path.is_relative_to(root.resolve()) for root in (files.cache_root(), EXAMPLES)):
-            return path
-    except (OSError, ValueError, TypeError):
-        pass
+    if is_below(image, files.cache_root(), EXAMPLES):
+        return Path(image).resolve()
     raise RequestError("image must be an upload: send a PNG, JPEG or WebP picture.")
 
 
@@ -210,6 +206,8 @@ def bind() -> None:
 def _input(name: str) -> gr.components.Component:
     field = FIELDS[name]
     common = {"label": name, "value": API_DEFAULTS.get(name), "visible": False}
+    if field.local:
+        return upload(**common)
     if isinstance(field.default, bool):
         return gr.Checkbox(**common)
     if isinstance(field.default, int):

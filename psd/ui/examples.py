@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from psd.config import RunConfig
+from psd.config import LOCAL, RunConfig
 from psd.record import read
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -37,9 +37,10 @@ class Example:
 
 
 def load_prompts(root: Path = EXAMPLES) -> list[dict[str, Any]]:
-    """Complete settings of every saved prompt."""
+    """Complete settings of every saved prompt, but for files: what was dropped on the page stays there."""
     saved = json.loads((root / "prompts.json").read_text(encoding="utf-8"))
-    return [RunConfig.from_preset(**entry["config"]).to_dict() for entry in saved]
+    settings = [RunConfig.from_preset(**entry["config"]).to_dict() for entry in saved]
+    return [{name: value for name, value in each.items() if name not in LOCAL} for each in settings]
 
 
 def load_examples(root: Path = EXAMPLES) -> list[Example]:

@@ -13,13 +13,14 @@ from typing import Any
 
 import gradio as gr
 
-from psd.config import ARMS, FIELDS, MAX_PROMPT_CHARS, PRESETS, RunConfig, Setting, arm_names, todays
+from psd.config import ARMS, FIELDS, LOCAL, MAX_PROMPT_CHARS, PRESETS, RunConfig, Setting, arm_names, todays
 from psd.errors import RequestError, shown
 from psd.models.hub import is_cached, is_hub_id
 from psd.models.needs import models_of
 from psd.models.priors.table import PRIORS, DecoderInfo, PriorInfo, gpu_memory
 from psd.models.rewards.table import REWARDS, RewardInfo, reward_terms
 from psd.safety import check_name, check_request, names_of
+from psd.ui.files import cache_root
 
 NAMES = tuple(FIELDS)
 GROUPS = {
@@ -35,15 +36,15 @@ SLIDER_STEPS = {
     "time_shift_low": 0.01, "time_shift_high": 0.01, "pref_weight": 0.05,
 }  # fmt: skip
 # A preset says how to draw; these say what, and stay as they are when another preset is chosen.
-KEPT_BY_PRESETS = ("prompt", "seed", "arms")
+KEPT_BY_PRESETS = ("prompt", "seed", "arms", *LOCAL)
 TRUTH = {"true": True, "false": False}  # what a link may say
 # No setting: it changes no result, and a link or a preset must not carry somebody's consent.
 ALLOW_DOWNLOAD_HELP = "Fetch models that are not on the server yet; whoever sets it accepts their licences."
 
 
 def help_line(name: str) -> str:
-    """The field's own help; over the network a prior is one of the listed names only."""
-    return "Diffusion model." if name == "prior" else FIELDS[name].help
+    """The field's own help; over the network a prior is one of the listed names only, and a file an upload."""
+    return "Diffusion model." if name == "prior" else f"{'Upload. ' if name in LOCAL else ''}{FIELDS[name].help}"
 
 
 def named(values: Sequence[Any]) -> dict[str, Any]:
@@ -61,10 +62,14 @@ def arm_label(arm: str) -> str:
 
 
 def control(name: str) -> gr.components.Component:
-    """The field's control: arms become boxes, choices radios, wide numbers a slider, the rest a number or a text."""
+    """The field's control: arms become boxes, choices radios, wide numbers a slider, files a place to drop them, the
+    rest a number or a text."""
     field = FIELDS[name]
     common = {"label": field.label, "value": field.default, "info": field.help, "elem_id": name}
     low, high = field.low, field.high
+    if field.local:
+        label = f"{field.label}: drop an ARM_negative.safetensors"
+        return upload(label=label, file_types=[".safetensors"], height=100, elem_id=name)
     if name == "arms":
         common["value"] = arm_names(field.default)
         return gr.CheckboxGroup([(arm_label(arm), arm) for arm in ARMS], **common)
@@ -81,19 +86,33 @@ def control(name: str) -> gr.components.Component:
     return gr.Textbox(max_length=MAX_PROMPT_CHARS, **common)
 
 
+def upload(**options: Any) -> gr.File:
+    """A place for a file that hands on what comes as it is: `checked` takes its path, or refuses it in a sentence.
+
+    Its methods are replaced, not overridden: gradio writes a .pyi file beside every subclass of a component.
+    """
+    file = gr.File(**options)
+    described = file.api_info()
+    file.api_info, file.data_model, file.preprocess = lambda: described, None, lambda payload: payload
+    return file
+
+
 def checked(settings: Mapping[str, Any]) -> RunConfig:
     """The RunConfig a front end asked for: None means the preset's value. Raises RequestError."""
-    settings = {name: number(FIELDS[name], value) for name, value in todays(settings).items() if name in FIELDS}
+    settings = {name: plain(FIELDS[name], value) for name, value in todays(settings).items() if name in FIELDS}
     preset = settings.pop("preset", None)
     if preset is not None:
         check_name("preset", str(preset), PRESETS)
     config = RunConfig.from_preset(preset, **settings)
-    check_request(config)
+    check_request(config, uploads=cache_root())
     return config
 
 
-def number(field: Setting, value: Any) -> Any:
-    """JSON and sliders do not keep 50 and 50.0 apart; give each field the kind it declares, leave all else alone."""
+def plain(field: Setting, value: Any) -> Any:
+    """JSON and sliders do not keep 50 and 50.0 apart, and an upload is told of at length: give each field the kind that
+    it declares, leave all else alone."""
+    if field.local and isinstance(value, Mapping):
+        return value.get("path")
     if isinstance(value, bool):
         return value
     if isinstance(field.default, int) and isinstance(value, float) and value.is_integer():
@@ -108,6 +127,7 @@ def fill(settings: Mapping[str, Any]) -> list[Any]:
     values = dict(settings)
     if "arms" in values:
         values["arms"] = arm_names(values["arms"])
+    values |= {name: values[name] or None for name in LOCAL if name in values}
     return [values.get(name, gr.skip()) for name in NAMES]
 
 
@@ -128,7 +148,8 @@ def fill_again(settings: Mapping[str, Any]) -> list[Any]:
 
 def settings_of_query(query: Mapping[str, str]) -> dict[str, Any]:
     """A share link's settings, complete and checked; {} when it names none. Raises RequestError."""
-    kinds = {name: setting.kind for name, setting in FIELDS.items()} | {"compare": bool}  # of older links
+    kinds = {name: setting.kind for name, setting in FIELDS.items() if not setting.local}
+    kinds |= {"compare": bool}  # of older links
     given: dict[str, Any] = {}
     for name, kind in kinds.items():
         if name not in query:

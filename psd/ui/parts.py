@@ -43,7 +43,10 @@ TABLES = {"preset": PRESETS, "prior": PRIORS, "reward": REWARDS, "method": METHO
 TARGET_TAG = '<span class="psd-tag target">target</span>'
 MEMBER_TAG = '<span class="psd-tag target">part of the target</span>'
 BASELINE = "without"  # changes are told against this arm where it ran, else against the last one
-FILES = {"picture": "PNG", "glb": "GLB", "ply": "PLY", "obj": "OBJ", "turntable": "MP4", "views": "Views"}
+FILES = {
+    "picture": "PNG", "negative": "Learned n", "glb": "GLB", "ply": "PLY", "obj": "OBJ", "turntable": "MP4",
+    "views": "Views",
+}  # fmt: skip
 HELD_OUT_TAG = '<span class="psd-tag">held-out: reward-hacking check</span>'
 
 
@@ -230,7 +233,7 @@ def parameter_table() -> str:
             {"preset": PRESETS, "prior": PRIORS, "reward": REWARDS, "method": METHODS}.get(name, ())
         )
         allowed = ", ".join(choices) if choices else f"{low:g} to {high:.10g}" if low is not None else ""
-        kind = f"{field.kind.__name__}{f': {allowed}' if allowed else ''}"
+        kind = f"{'file' if field.local else field.kind.__name__}{f': {allowed}' if allowed else ''}"
         default = repr(field.default) if name != "prompt" else "required"
         rows += (
             f"<tr><th scope='row'><code>{name}</code></th><td data-label='type'>{escape(kind)}</td>"

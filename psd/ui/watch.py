@@ -155,7 +155,8 @@ class Run(threading.Thread):
         view, rows, shown_at, stepped_at = View(self.config), [], 0.0, time.monotonic()
         events = generate(
             self.config, files.output_root(), allow_download=self.allow_download, access=STRANGER,
-            deadline_s=self.deadline_s, stop=self.stopped, heard=lambda: not self.abandoned.is_set(),
+            uploads=files.cache_root(), deadline_s=self.deadline_s, stop=self.stopped,
+            heard=lambda: not self.abandoned.is_set(),
         )  # fmt: skip
         with contextlib.closing(events):
             for event in events:

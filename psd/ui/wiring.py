@@ -253,8 +253,10 @@ def restore_file(path: str | None) -> list[Any]:
     if not path:
         return [gr.skip()] * (len(NAMES) + 1)
     with clear_errors():
-        settings = checked(settings_of(Path(path))).to_dict()
-    gr.Info("Settings restored.")
+        found = settings_of(Path(path))
+        settings = checked(found).to_dict()
+    more = " The file that n started from is not in them: drop it again." if found.get("negative_from_sha256") else ""
+    gr.Info(f"Settings restored.{more}")
     return [*fill(settings), False]
 
 

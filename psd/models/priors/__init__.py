@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from pathlib import Path
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING
 
 from psd.models.hub import on_disk
-from psd.models.priors.table import PRIORS, DecoderInfo, prior_info
+from psd.models.priors.table import DecoderInfo, prior_info, shown_name
 from psd.models.weights import load_once, readable_errors
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ def load_prior(name: str, device: str = "cpu") -> Prior:
     info = prior_info(name)
 
     def load() -> Prior:
-        shown = name if name in PRIORS or not info.source.is_folder else Path(info.source.path).name
+        shown = shown_name(name)
         with readable_errors(shown, *info.sources):
             return resolve_name(info.model).load(shown, info.on_disk(), device)
 

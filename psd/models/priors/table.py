@@ -127,6 +127,12 @@ def prior_info(name: str) -> PriorInfo:
     raise RequestError(f"There is no prior '{folder.name}': choose one of {', '.join(PRIORS)}.")
 
 
+def shown_name(name: str) -> str:
+    """What a prior is called where others read it: of a local folder its last part. Raises RequestError."""
+    info = prior_info(name)
+    return name if name in PRIORS or not info.source.is_folder else Path(info.source.path).name
+
+
 def gpu_memory(info: object) -> str:
     """ ", about 9 GB of GPU memory" of a prior that wants a GPU, for the end of a clause; of anything else nothing."""
     known = isinstance(info, PriorInfo) and info.gpu_gb
