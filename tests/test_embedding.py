@@ -23,10 +23,12 @@ from psd.contracts import Models
 from psd.embedding import ABOUT, export_embedding, read_embedding
 from psd.errors import RequestError
 from psd.events import Finished
+from psd.methods.negative import starting_negative
 from psd.models.hub import STRANGER
 from psd.models.priors import load_prior
 from psd.modes.image import ImageStage
 from psd.safety import check_request
+from psd.toybox.evaluate import sample
 from psd.ui import form
 from tests import test_image, test_object3d
 
@@ -263,3 +265,11 @@ def test_a_path_neither_leaves_with_the_settings_nor_comes_with_them(given: Path
     assert form.settings_of_query({"prompt": PROMPT, "negative_from": "/etc/passwd"})["negative_from"] == ""
     assert form.settings_of_query({"negative_from": "/etc/passwd"}) == {}
     assert form.fill(config.to_dict())[list(FIELDS).index("negative_from")] is None
+
+
+def test_diffusers_own_ddim_takes_a_negative_embedding():
+    captions, prior = [PROMPT, "a blue chair"], load_prior("toybox/sd")
+    usual = sample(captions, "cpu", steps=2)
+    torch.testing.assert_close(sample(captions, "cpu", steps=2, negative=prior.embed([""])[0]), usual)
+    lamp = starting_negative(replace(CONFIG, negative_prompt="a blue lamp"), prior)[0]
+    assert not torch.allclose(sample(captions, "cpu", steps=2, negative=lamp), usual)

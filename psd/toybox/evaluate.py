@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from psd.models.priors import load_prior
@@ -128,8 +129,18 @@ def facts_shares(held: list[dict[str, bool]], name: str) -> dict[str, float]:
 
 
 @torch.no_grad()
-def sample(captions: list[str], device: str, steps: int = 30, gamma: float = 3.0, batch: int = 32) -> Tensor:
-    """[N, 3, 128, 128] in [0, 1] from StableDiffusionPipeline, one seed per caption."""
+def sample(
+    captions: list[str],
+    device: str,
+    steps: int = 30,
+    gamma: float = 3.0,
+    batch: int = 32,
+    negative: Float[Tensor, "L D"] | None = None,
+) -> Float[Tensor, "N 3 128 128"]:
+    """Plain DDIM in [0, 1] from StableDiffusionPipeline, one seed per caption.
+
+    `negative` is the embedding of classifier-free guidance, a learned n for example (psd.embedding); None: of "".
+    """
     from diffusers import StableDiffusionPipeline
 
     pipeline = StableDiffusionPipeline.from_pretrained(ASSETS / "sd", safety_checker=None).to(device)
@@ -138,7 +149,11 @@ def sample(captions: list[str], device: str, steps: int = 30, gamma: float = 3.0
     for start in range(0, len(captions), batch):
         part = captions[start : start + batch]
         generators = [torch.Generator().manual_seed(1000 + start + i) for i in range(len(part))]
-        answer = pipeline(part, num_inference_steps=steps, guidance_scale=gamma, generator=generators, output_type="pt")
+        n = None if negative is None else negative.to(device).expand(len(part), -1, -1)
+        answer = pipeline(
+            part, num_inference_steps=steps, guidance_scale=gamma, generator=generators, negative_prompt_embeds=n,
+            output_type="pt",
+        )  # fmt: skip
         images.append(answer.images)
     return torch.cat(images).float()
 
