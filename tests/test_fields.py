@@ -172,6 +172,15 @@ def test_total_variation_of_a_ramp():
     assert field.total_variation().item() == pytest.approx(9 / 4)
 
 
+def test_total_variation_has_the_gradient_of_its_definition():
+    field = voxel_field(6, radius=0.7)
+    (got,) = torch.autograd.grad(3 * field.total_variation(), field.voxels)
+    steps = [field.voxels.diff(dim=axis).square().mean() for axis in (2, 3, 4)]
+    want = 3 * sum(steps) * (5 / 1.4) ** 2
+    torch.testing.assert_close(3 * field.total_variation(), want)
+    torch.testing.assert_close(got, torch.autograd.grad(want, field.voxels)[0])
+
+
 def test_voxel_field_has_its_own_rate():
     field = VoxelField(4, learning_rate=0.07)
     assert [(len(group["params"]), group["lr"]) for group in field.parameter_groups()] == [(1, 0.07)]

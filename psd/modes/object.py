@@ -54,7 +54,7 @@ class Sculpture:
     def start(cls, config: RunConfig, field: nn.Module, background: nn.Module, device: torch.device) -> Sculpture:
         field, background = copy.deepcopy(field), copy.deepcopy(background)
         groups = field.parameter_groups() + background.parameter_groups()
-        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), eps=1e-15, weight_decay=0.01)
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), eps=1e-15, weight_decay=0.01, fused=True)
         return cls(config, field, background, optimizer, Occupancy(field.radius, device))
 
     @property

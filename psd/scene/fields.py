@@ -117,7 +117,7 @@ class VoxelField(Field):
     def total_variation(self) -> Float[Tensor, ""]:
         """Smoothness: mean squared slope of the raw values (bias left out) per unit of length, over all channels."""
         across = (self.resolution - 1) / (2 * self.radius)
-        return sum(self.voxels.diff(dim=axis).square().mean() for axis in (2, 3, 4)) * across**2
+        return SquaredSteps.apply(self.voxels) * across**2
 
     def _cells(self, x: Float[Tensor, "N 3"]) -> tuple[Int[Tensor, "N 8"], Float[Tensor, "3 N"]]:
         """Rows of the flat grid at the corners of each point's cell, and the point's place in the cell."""
@@ -153,6 +153,30 @@ class Interpolation(torch.autograd.Function):
         table_gradient = gradient.new_zeros(gradient.shape[1], ctx.rows).T
         add_weighted_rows(table_gradient, index, weight, gradient)
         return table_gradient, None, None
+
+
+class SquaredSteps(torch.autograd.Function):
+    """Sum over the three axes of the mean squared difference between neighbours of a grid [1, C, R, R, R].
+
+    A quadratic form v.Lv / count, so that one pass gives value and gradient: a quarter of autograd's time.
+    """
+
+    @staticmethod
+    def forward(ctx, grid: Float[Tensor, "1 C R R R"]) -> Float[Tensor, ""]:
+        size = grid.shape[-1]
+        pull, ctx.count = torch.zeros_like(grid), grid.numel() // size * (size - 1)
+        for axis in (2, 3, 4):
+            step = grid.diff(dim=axis)
+            pull.narrow(axis, 1, size - 1).add_(step)
+            pull.narrow(axis, 0, size - 1).sub_(step)
+        ctx.save_for_backward(pull)
+        return (pull * grid).sum() / ctx.count
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Float[Tensor, ""]) -> Float[Tensor, "1 C R R R"]:
+        (pull,) = ctx.saved_tensors
+        return pull * (2 * gradient / ctx.count)
 
 
 class HashField(Field):
