@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, no_type_check
 
 MAX_PROMPT_CHARS = 1000
 MAX_SEED = 2**31 - 1
+FINER_FROM = 0.5  # of a run: where render_size_end and grid_size_end begin
 
 
 class Setting(NamedTuple):
@@ -133,6 +134,8 @@ class RunConfig:
         label="Radiance field", choices=("voxels", "hashgrid"), group="object")
     grid_size: int = setting(48, "Voxels a side of the dense grid.", label="Grid (voxels)", low=16, high=160,
         group="object")
+    grid_size_end: int = setting(0, "Their number in the second half of the run (2 n - 1 keeps n's); 0 = the same.",
+        label="Grid, second half (voxels)", low=0, high=160, group="object")
     render_size: int = setting(40, "Side of the training renders in pixels.", label="Training renders (px)", low=16,
         high=512, group="object")
     render_size_end: int = setting(0, "Their side in the second half of the run; 0 = the same.",

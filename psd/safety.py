@@ -198,11 +198,10 @@ def check_mode(config: RunConfig) -> None:
             "choose weighting recon, or set lambda_rgb to 0.",
             "lambda_rgb",
         )
-    if config.render_size_end and config.render_size_end < config.render_size:
-        raise RequestError(
-            f"render_size_end must be 0 or at least render_size = {config.render_size}, got {config.render_size_end}.",
-            "render_size_end",
-        )
+    for name in ("render_size", "grid_size"):
+        least, end = getattr(config, name), getattr(config, f"{name}_end")
+        if end and end < least:
+            raise RequestError(f"{name}_end must be 0 or at least {name} = {least}, got {end}.", f"{name}_end")
 
 
 def check_fast_decoder(config: RunConfig) -> None:

@@ -60,8 +60,9 @@ def test_a_run_that_did_not_step_teaches_nothing():
         dict(arms="with"), dict(arms="with, selection"), dict(method="sds"), dict(prior="org/name"),
         dict(reward="toybox/judge"), dict(image_size=256), dict(pref_interval=3), dict(negative_interval=2),
         dict(negative_lr=0.0), dict(field="hashgrid"), dict(grid_size=96), dict(render_size=80),
-        dict(render_size_end=160), dict(samples=96), dict(lambda_rgb=0.0), dict(lambda_orient=1.0),
-        dict(lambda_orient_end=1.0), dict(lambda_z_variance=1.0), dict(lambda_smooth=0.0), dict(fast_decoder=True),
+        dict(grid_size_end=160), dict(render_size_end=160), dict(samples=96), dict(lambda_rgb=0.0),
+        dict(lambda_orient=1.0), dict(lambda_orient_end=1.0), dict(lambda_z_variance=1.0), dict(lambda_smooth=0.0),
+        dict(fast_decoder=True),
     ],
     ids=lambda change: ", ".join(change),
 )  # fmt: skip

@@ -181,6 +181,18 @@ def test_total_variation_has_the_gradient_of_its_definition():
     torch.testing.assert_close(got, torch.autograd.grad(want, field.voxels)[0])
 
 
+@pytest.mark.parametrize(("resolution", "apart"), [(11, 1e-5), (24, 0.5)])
+def test_a_refined_grid_is_the_same_field(resolution: int, apart: float):
+    """To rounding where its points hold the old ones, 10 cells for 5; otherwise as near as linear pieces come."""
+    field, x = voxel_field(6), rand(400, 3, seed=4)
+    before, voxels = field(x), field.voxels
+    field.refine(resolution)
+    assert field.resolution == resolution and field.voxels.shape == (1, 4, *3 * (resolution,))
+    assert field.voxels.requires_grad and field.voxels is not voxels
+    for got, want in zip(field(x), before):
+        torch.testing.assert_close(got, want, rtol=0, atol=apart)
+
+
 def test_voxel_field_has_its_own_rate():
     field = VoxelField(4, learning_rate=0.07)
     assert [(len(group["params"]), group["lr"]) for group in field.parameter_groups()] == [(1, 0.07)]

@@ -163,6 +163,43 @@ def test_the_image_loss_alone_pulls_as_the_latent_one_does_where_pixels_are_late
     torch.testing.assert_close(weights(by_both["with"]), weights(by_latents["with"]), rtol=0, atol=1e-5)
 
 
+FINER = replace(CONFIG, grid_size_end=31, render_size_end=2 * SIDE)
+
+
+def test_the_second_half_has_a_finer_grid_and_larger_renders():
+    stage = stage_of({"with": FINER, "without": plain(FINER)}, ExactPrior())
+    seen = []
+    for _ in distil(stage.models.prior, stage):
+        grids = {tuple(arm.field.voxels.shape[2:]) for arm in stage.sculptures.values()}
+        seen.append((*grids, {each.shape[-1] for each in stage.renders.values()}))
+    assert seen == 3 * [((16, 16, 16), {SIDE})] + 3 * [((31, 31, 31), {2 * SIDE})]
+
+
+def test_a_finer_grid_is_the_same_scene_and_learns_on():
+    """31 points hold the 16: at the step that refines, every arm's renders are those of the coarse grid."""
+    coarse, fine = (run({"with": c})[0][3].views["with"] for c in (CONFIG, replace(CONFIG, grid_size_end=31)))
+    torch.testing.assert_close(fine, coarse, rtol=0, atol=1e-5)
+    stage = stage_of({"with": FINER}, ExactPrior())
+    sculpture = stage.sculptures["with"]
+    for state in distil(stage.models.prior, stage):
+        if state.step == 4:
+            refined = sculpture.field.voxels.detach().clone()
+    (group,) = (group for group in sculpture.optimizer.param_groups if group["lr"] == CONFIG.lr)
+    assert group["params"] == [sculpture.field.voxels] and len(sculpture.optimizer.state) == 1
+    assert not torch.equal(refined, sculpture.field.voxels)
+
+
+def test_a_finer_grid_depends_on_the_seed_alone():
+    arms = {"without": plain(FINER), "with": FINER, "other": replace(FINER, pref_form="paper")}
+    (_, first), (_, again), (_, beside) = run({"with": FINER}), run({"with": FINER}), run(arms)
+    assert torch.equal(weights(first["with"]), weights(again["with"]))
+    assert torch.equal(weights(first["with"]), weights(beside["with"]))
+
+
+def test_a_hash_field_has_no_grid_to_refine():
+    run({"with": replace(FINER, field="hashgrid", steps=2)})
+
+
 def test_group_ranking_gives_every_view_the_mean():
     prior, x_0 = ExactPrior(), torch.rand(2, 4, 3, SIDE, SIDE)
     by_view, by_group = (BoundScore(prior.decode, brightness, ["x"], rank)(x_0) for rank in ("view", "group"))

@@ -51,6 +51,14 @@ def test_an_image_has_no_more_steps_than_the_schedule():
     assert refusal(steps=1001) == "steps must be a whole number from 2 to 1000 in mode image, got 1001."
 
 
+@pytest.mark.parametrize(("name", "least"), [("render_size", 40), ("grid_size", 48)])
+def test_the_later_part_of_a_run_is_no_coarser(name: str, least: int):
+    for allowed in (0, least, 2 * least):
+        check_request(config_with(**{f"{name}_end": allowed}))
+    message = refusal(**{f"{name}_end": least - 1})
+    assert message == f"{name}_end must be 0 or at least {name} = {least}, got {least - 1}."
+
+
 @pytest.mark.parametrize("name", BOUNDED)
 def test_bounds_are_inclusive(name: str):
     field = FIELDS[name]

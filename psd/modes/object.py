@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from psd.config import RunConfig
+from psd.config import FINER_FROM, RunConfig
 from psd.contracts import Answer, Arm, Artefact, Ask, Drawn, Guided, Models, Observed, Setup
 from psd.export import to_uint8
 from psd.methods import METHODS
 from psd.methods.negative import starting_negative
 from psd.modes import pictures
 from psd.scene.cameras import camera_embedding, sample_cameras
-from psd.scene.fields import ConstantBackground, DirectionalBackground, HashField, VoxelField
+from psd.scene.fields import ConstantBackground, DirectionalBackground, HashField, VoxelField, upsampled
 from psd.scene.losses import image_loss, opacity_loss, orientation_loss, solid_loss, z_variance_loss
 from psd.scene.mesh import extract_mesh
 from psd.scene.render import Occupancy, Rendering, render
@@ -76,6 +76,24 @@ class Sculpture:
             samples=self.config.samples, jitter=jitter, occupancy=self.occupancy,
             with_normals=bool(self.config.lambda_orient or self.config.lambda_orient_end),
         )  # fmt: skip
+
+    def refine(self, resolution: int) -> None:
+        """The voxel grid on `resolution` points a side, once, and Adam's moments with it.
+
+        A point then has the gradients of a smaller part of the box: moments as they were would stand still for a
+        hundred steps, and fresh ones shake the grid by its whole rate.
+        """
+        field, state = self.field, self.optimizer.state
+        if field.resolution == resolution:
+            return
+        old, share = field.voxels, ((field.resolution - 1) / (resolution - 1)) ** 3
+        field.refine(resolution)
+        for group in self.optimizer.param_groups:
+            group["params"] = [field.voxels if each is old else each for each in group["params"]]
+        if moments := state.pop(old, None):
+            moments["exp_avg"] = share * upsampled(moments["exp_avg"], resolution)
+            moments["exp_avg_sq"] = share**2 * upsampled(moments["exp_avg_sq"], resolution)
+            state[field.voxels] = moments
 
     def advance(self, opacity: float, share: float) -> str:
         """One optimiser step, left out where a gradient is not finite; what is wrong once that has gone on."""
@@ -157,8 +175,11 @@ class ObjectStage:
 
     def observe(self, drawn: Drawn) -> Observed:
         """Render and encode every arm from the same cameras."""
-        late = self.config.render_size_end and drawn.share >= 0.5
-        size = self.config.render_size_end if late else self.config.render_size
+        late = drawn.share >= FINER_FROM
+        size = (late and self.config.render_size_end) or self.config.render_size
+        if late and self.config.grid_size_end and self.config.field == "voxels":
+            for sculpture in self.sculptures.values():
+                sculpture.refine(self.config.grid_size_end)
         renders = {name: each.render(drawn, size) for name, each in self.sculptures.items()}
         images = {name: self._resized(seen.rgb) for name, seen in renders.items()}
         return Observed({name: self.models.prior.encode(each) for name, each in images.items()}, renders, images)

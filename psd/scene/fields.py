@@ -114,6 +114,14 @@ class VoxelField(Field):
     def parameter_groups(self) -> list[dict]:
         return [{"params": [self.voxels], "lr": self.learning_rate}]
 
+    @torch.no_grad()
+    def refine(self, resolution: int) -> None:
+        """Put the grid on `resolution` points a side; `voxels` is a new parameter then.
+
+        The same field where the old number less one divides the new less one, else as near as linear pieces come.
+        """
+        self.voxels, self.resolution = nn.Parameter(upsampled(self.voxels, resolution)), resolution
+
     def total_variation(self) -> Float[Tensor, ""]:
         """Smoothness: mean squared slope of the raw values (bias left out) per unit of length, over all channels."""
         across = (self.resolution - 1) / (2 * self.radius)
@@ -129,6 +137,11 @@ class VoxelField(Field):
         for column, (i, j, k) in enumerate(CORNERS):
             torch.add(first, (k * size + j) * size + i, out=index[:, column])
         return index, u - cell
+
+
+def upsampled(grid: Float[Tensor, "1 C r r r"], resolution: int) -> Float[Tensor, "1 C R R R"]:
+    """Trilinear, corners on corners."""
+    return F.interpolate(grid, 3 * (resolution,), mode="trilinear", align_corners=True)
 
 
 class Interpolation(torch.autograd.Function):

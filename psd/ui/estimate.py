@@ -21,7 +21,7 @@ from statistics import median
 
 import torch
 
-from psd.config import FIELDS, MODES, RunConfig, arm_names, arms_of
+from psd.config import FIELDS, FINER_FROM, MODES, RunConfig, arm_names, arms_of
 from psd.distil import distil
 from psd.errors import RequestError
 from psd.methods import METHODS
@@ -61,7 +61,7 @@ PUBLISHED_GB = {"image": 12, "3d": 16}  # of a model that no table knows, both a
 
 # What a step's time depends on, besides whether n and a loss are switched on.
 KEY = ("mode", "prior", "reward", "arms", "method", "image_size", "pref_interval", "negative_interval", "field",
-       "grid_size", "render_size", "render_size_end", "samples", "fast_decoder", "rank")  # fmt: skip
+       "grid_size", "grid_size_end", "render_size", "render_size_end", "samples", "fast_decoder", "rank")  # fmt: skip
 SWITCHES = ("negative_lr", "pref_weight", "lambda_rgb", "lambda_orient", "lambda_orient_end", "lambda_solid",
             "lambda_z_variance", "lambda_smooth")  # fmt: skip
 
@@ -115,13 +115,18 @@ def guided_work(arm: RunConfig) -> float:
 
 
 def scene_work(arm: RunConfig) -> float:
-    """Of an arm's radiance field and its renders, half of which may be larger."""
-    sizes = (arm.render_size, arm.render_size_end or arm.render_size)
-    pixels = sum((size / 40) ** 2 for size in sizes) / 2
+    """Of an arm's radiance field and its renders, which may be larger in the later part."""
+    pixels = over_the_run((arm.render_size / 40) ** 2, (arm.render_size_end / 40) ** 2)
     if arm.field == "hashgrid":
         normals = 2.0 if arm.lambda_orient or arm.lambda_orient_end else 1.0
         return HASHED * normals * pixels * arm.samples / 24
-    return GRID * (arm.grid_size / 48) ** 3 + RENDER * pixels * (0.5 + arm.samples / 48)
+    voxels = over_the_run((arm.grid_size / 48) ** 3, (arm.grid_size_end / 48) ** 3)
+    return GRID * voxels + RENDER * pixels * (0.5 + arm.samples / 48)
+
+
+def over_the_run(early: float, late: float) -> float:
+    """The mean of what is `late` from FINER_FROM on, or if that is 0 `early` throughout."""
+    return FINER_FROM * early + (1 - FINER_FROM) * (late or early)
 
 
 def export_work(config: RunConfig) -> float:
@@ -258,10 +263,8 @@ def memory_gb(config: RunConfig) -> float:
     """What a run takes at its peak, beside models of the toybox; published ones are in it."""
     count = len(arm_names(config.arms))
     pixels = (max(config.render_size, config.render_size_end) / 40) ** 2 * config.samples / 24
-    hashed = config.field == "hashgrid"
-    field_gb = (
-        HASHED_GB + 3 * RENDER_GB * pixels if hashed else GRID_GB * (config.grid_size / 48) ** 3 + RENDER_GB * pixels
-    )
+    hashed, voxels = config.field == "hashgrid", max(config.grid_size, config.grid_size_end)
+    field_gb = HASHED_GB + 3 * RENDER_GB * pixels if hashed else GRID_GB * (voxels / 48) ** 3 + RENDER_GB * pixels
     scene_gb = (count + 1) * field_gb if config.mode == "3d" else 0.0
     if family_of(config) == "toybox":
         picture_gb = PICTURE_GB * (config.image_size / 128) ** 2 if config.mode == "image" else 0.0
@@ -300,7 +303,9 @@ def container_gb() -> float:
 
 def measuring(mode: str, device: str) -> Iterator[None]:
     """Measure a step of the mode's default preset, and the files of one of its arms; yields between small parts."""
-    config = RunConfig.from_preset(mode=mode, prompt="a red mushroom with a white stem", steps=4 * WARM_STEPS + 1)
+    # All of it as a run begins: what is larger later, `work_of` puts on top.
+    coarse = dict(mode=mode, render_size_end=0, grid_size_end=0)
+    config = RunConfig.from_preset(prompt="a red mushroom with a white stem", steps=4 * WARM_STEPS + 1, **coarse)
     models, rewards = load(config, device)
     stage = MODES[mode].load()(config, arms_of(config), models)
     states, seconds = distil(models.prior, stage), []
@@ -312,7 +317,7 @@ def measuring(mode: str, device: str) -> Iterator[None]:
         seconds.append(time.monotonic() - started)
         yield
     states.close()
-    default = RunConfig.from_preset(mode=mode)
+    default = RunConfig.from_preset(**coarse)
     # The first pays for what the others find ready; in pairs, since every second one may be a plain one.
     note_speed(default, median(sum(pair) for pair in zip(seconds[1::2], seconds[2::2])), 2)
     arm, export, about = next(iter(stage.arms)), 0.0, {}
