@@ -89,6 +89,8 @@ class RunConfig:
         label="Update of x", choices=("ddim", "adam"), group="method")
     lr: float = setting(0.04, "Learning rate of update=adam; in 3D of the voxel grid.", label="Learning rate of x",
         low=1e-5, high=10.0, group="method")
+    lr_density: float = setting(0.0, "3D: learning rate of the voxel grid's density; 0 = lr, that of its colours too.",
+        label="Learning rate of the density (3D)", low=0.0, high=100.0, group="method")
     weighting: str = setting("one", "w(t): one = 1, sds = 1 - abar, recon = sigma/alpha.", label="Weighting w(t)",
         choices=("one", "sds", "recon"), group="method")
 
@@ -281,7 +283,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     "toybox-fast": dict(
         **TOYBOX | dict(mode="3d", prior="toybox/mvdream"), steps=100, gamma=2.5, weighting="recon",
-        pref_weight=0.6, pref_interval=2, negative_lr=3e-3, lr=0.3, samples=24, lambda_rgb=0.3,
+        pref_weight=0.6, pref_interval=2, negative_lr=3e-3, lr=0.3, lr_density=3.0, samples=24, lambda_rgb=0.3,
         lambda_opacity=60.0, lambda_solid=600.0, lambda_smooth=0.005, mesh_faces=12_000,
     ),
     "mvdream-fast": dict(

@@ -46,7 +46,7 @@ def hash_field(**settings) -> HashField:
     return field
 
 
-FIELDS = {"voxel": voxel_field, "hash": hash_field}
+FIELDS = {"voxel": voxel_field, "dense": lambda: voxel_field(density_gain=3.0), "hash": hash_field}
 
 
 def any_field(test):
@@ -130,6 +130,14 @@ def test_voxel_field_is_trilinear_interpolation_under_its_activations():
     (got,) = torch.autograd.grad((density, rgb), field.voxels, cotangents)
     (expected,) = torch.autograd.grad(wanted, field.voxels, cotangents)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_gain_is_densitys_alone():
+    field, x = voxel_field(5, density_gain=4.0), rand(50, 3)
+    want = trilinear(field, x)
+    raw, rgb = field.raw_features(x)
+    torch.testing.assert_close(raw, 4 * want[:, 0])
+    torch.testing.assert_close(rgb, want[:, 1:])
 
 
 def test_voxels_are_ordered_z_y_x_and_their_corners_are_the_boxs():
@@ -261,7 +269,7 @@ def test_normals_are_differentiable_in_the_parameters(make):
 
 @any_field
 def test_a_field_survives_its_state_dict(field: Field):
-    again = VoxelField(field.resolution) if isinstance(field, VoxelField) else hash_field()
+    again = voxel_field(density_gain=field.density_gain) if isinstance(field, VoxelField) else hash_field()
     nn.init.zeros_(next(again.parameters()))
     again.load_state_dict(field.state_dict())
     x = rand(50, 3, seed=3)

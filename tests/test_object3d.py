@@ -200,6 +200,16 @@ def test_a_hash_field_has_no_grid_to_refine():
     run({"with": replace(FINER, field="hashgrid", steps=2)})
 
 
+def test_density_has_a_rate_of_its_own():
+    """Adam's first step is the rate, wherever there is a gradient."""
+    _, arms = run({"without": replace(plain(CONFIG), steps=1, lr_density=10 * CONFIG.lr)})
+    field = arms["without"].field
+    corners = field.radius * torch.stack(torch.meshgrid(*3 * [torch.linspace(-1, 1, 16)], indexing="ij"), -1)
+    density, rgb = field.raw_features(corners.view(-1, 3))
+    assert density.abs().max().item() == pytest.approx(10 * CONFIG.lr, rel=1e-3)
+    assert rgb.abs().max().item() == pytest.approx(CONFIG.lr, rel=1e-3)
+
+
 def test_group_ranking_gives_every_view_the_mean():
     prior, x_0 = ExactPrior(), torch.rand(2, 4, 3, SIDE, SIDE)
     by_view, by_group = (BoundScore(prior.decode, brightness, ["x"], rank)(x_0) for rank in ("view", "group"))

@@ -241,7 +241,8 @@ def start_field(config: RunConfig, radius: float) -> nn.Module:
     """The field that a run starts from: a faint ball of density, grey."""
     if config.field == "hashgrid":
         return HashField(radius=radius, density_bias=(BLOB_DENSITY, 0.5 * radius))
-    return VoxelField(config.grid_size, radius, (BLOB_DENSITY, 0.5 * radius), learning_rate=config.lr)
+    gain = (config.lr_density or config.lr) / config.lr
+    return VoxelField(config.grid_size, radius, (BLOB_DENSITY, 0.5 * radius), config.lr, gain)
 
 
 def painted(colour: Float[Tensor, " 3"]) -> Callable[[Float[Tensor, "R 3"]], Float[Tensor, "R 3"]]:
