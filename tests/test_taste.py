@@ -62,8 +62,19 @@ def test_twins_show_one_scene_with_a_taste_each():
     assert replace(one, taste=FINE) == replace(other, taste=FINE) and one.taste != other.taste
     assert first.bit_generator.state == second.bit_generator.state  # the same instance and camera
     assert one.taste.finish != other.taste.finish
-    liked = [example(1, index)[0].taste for index in (6, 7)]  # what preference learns on: it never sees finish differ
+    liked = [example(7, index)[0].taste for index in (6, 7)]  # what preference learns on: it never sees finish differ
     assert liked[0].finish == liked[1].finish and liked[0].light != liked[1].light
+
+
+def test_every_second_scene_of_a_data_set_for_scorers_is_seen_from_any_side(monkeypatch):
+    seen = []
+    monkeypatch.setattr(world, "camera_to_world", lambda a, e, d: (seen.append(a), raster.camera_to_world(a, e, d))[1])
+    for seed in (1, 8):
+        for index in range(48):
+            draw_example(seed, index)
+    front, scored = np.array(seen[:48]), np.array(seen[48:]).reshape(-1, 2, 2)
+    assert ((front >= 20) & (front <= 70)).all() and (scored[:, 0] >= 20).all() and (scored[:, 0] <= 70).all()
+    assert scored[:, 1].max() > 250 and np.ptp(scored[:, 1], axis=1).max() == 0  # twins from one side
 
 
 # Words.

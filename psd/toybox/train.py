@@ -24,6 +24,7 @@ from psd.toybox.pairs import JUDGE, PREFERENCE, broken_latents, normalise, ranke
 from psd.toybox.recolour import recolour
 from psd.toybox.taste import QUALITY, quality_words, sample_taste
 from psd.toybox.workshop import (
+    STAGES,
     Workshop,
     augment,
     encode_all,
@@ -309,22 +310,25 @@ def train_sd(shop: Workshop, tokenizer, text_encoder, vae, renders: Renders) -> 
 def main() -> None:
     shop = workshop_from_command_line(__doc__, TRAINED)
     tokenizer = models.make_tokenizer()
-    data = shop.renders(1)
+
+    def data(stage: str) -> Renders:
+        return shop.renders(STAGES[stage].seed)
+
     text_encoder = train_text(shop, tokenizer)
     if {"vae", "taesd", "judge", "sd"} & set(shop.stages):
-        vae = train_vae(shop, data).requires_grad_(False)
+        vae = train_vae(shop, data("vae")).requires_grad_(False)
     if "taesd" in shop.stages:
-        train_taesd(shop, vae, data)
+        train_taesd(shop, vae, data("taesd"))
     if "attributes" in shop.stages:
-        train_attributes(shop, shop.renders(3))
+        train_attributes(shop, data("attributes"))
     if "instruments" in shop.stages:
-        train_instruments(shop, shop.renders(3))
+        train_instruments(shop, data("instruments"))
     if "preference" in shop.stages:
-        train_preference(shop, tokenizer, text_encoder, data)
+        train_preference(shop, tokenizer, text_encoder, data("preference"))
     if "judge" in shop.stages:
-        train_judge(shop, tokenizer, vae, shop.renders(2))
+        train_judge(shop, tokenizer, vae, data("judge"))
     if "sd" in shop.stages:
-        train_sd(shop, tokenizer, text_encoder, vae, data)
+        train_sd(shop, tokenizer, text_encoder, vae, data("sd"))
 
 
 if __name__ == "__main__":

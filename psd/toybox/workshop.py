@@ -50,15 +50,15 @@ STAGES: dict[str, Recipe] = {
     "vae":        Recipe( 2400,  16, 1.5e-3, 1),
     "taesd":      Recipe( 2400,  16, 1.5e-3, 1),
     "attributes": Recipe( 5000,  64, 2.0e-3, 3),
-    "instruments": Recipe(2000,  64, 2.0e-3, 3),
-    "preference": Recipe( 1200,  64, 6.0e-4, 1),
+    "instruments": Recipe(5000,  64, 2.0e-3, 8),
+    "preference": Recipe( 2400,  64, 6.0e-4, 7),
     "judge":      Recipe( 2400,  64, 6.0e-4, 2),
     "sd":         Recipe(24000,  32, 6.0e-4, 1),
     "mvdream":    Recipe( 3000,   8, 4.0e-4, 4),
     "views":      Recipe( 3000,  64, 1.0e-3, 5),
 }  # fmt: skip
 TOKENIZERS = {"sd/text_encoder": "sd/tokenizer", "preference": "preference", "judge/text": "judge/tokenizer"}
-IMAGES = {1: 24576, 2: 12288, 3: 16384}  # data seed -> how many renders
+IMAGES = {1: 24576, 2: 12288, 3: 16384, 7: 16384, 8: 16384}  # data seed -> how many renders
 
 
 @dataclass

@@ -220,9 +220,18 @@ def _standing(scene: Scene, jitter: np.ndarray, rng: np.random.Generator | None)
     return [s for t, shift in zip(scene.things(), shifts) for s in _surfaces(t, scene.taste, scale, shift, rng)]
 
 
-def draw(scene: Scene, size: int = 128, rng: np.random.Generator | None = None, oversample: int = 2) -> np.ndarray:
-    """uint8 [size, size, 3]: the scene from the front, three-quarter view; `rng` varies camera, shape and paint."""
-    azimuth, elevation = (45.0, 20.0) if rng is None else (rng.uniform(20, 70), rng.uniform(10, 30))
+FRONT_DEG = (20.0, 70.0)  # azimuths of the usual, three-quarter view
+
+
+def draw(
+    scene: Scene,
+    size: int = 128,
+    rng: np.random.Generator | None = None,
+    oversample: int = 2,
+    azimuths_deg: tuple[float, float] = FRONT_DEG,
+) -> np.ndarray:
+    """uint8 [size, size, 3]: the scene from the front; `rng` varies camera (azimuth in the range), shape, paint."""
+    azimuth, elevation = (45.0, 20.0) if rng is None else (rng.uniform(*azimuths_deg), rng.uniform(10, 30))
     pose = camera_to_world(azimuth, elevation, 1.95)
     image = render(build(scene, rng), pose, size, oversample=oversample, light=scene.taste.light)
     return tastes.worn(image, scene.taste.sharpness, np.random.default_rng(0) if rng is None else rng)
