@@ -39,3 +39,17 @@ window.psd = {
         for (const type of ['pointermove', 'wheel']) addEventListener(type, turned, {capture: true, passive: true});
     },
 };
+
+// The viewers of meshes (Babylon) bend light into the screen's range by a curve (Khronos PBR neutral), even the colours of
+// a mesh that asks for no light, and Gradio has no setting for it: in their shaders it becomes a straight line.
+for (const [type, method] of Object.entries({
+    WebGL2RenderingContext: 'shaderSource', WebGLRenderingContext: 'shaderSource', GPUDevice: 'createShaderModule',
+})) {
+    const made = window[type]?.prototype, original = made?.[method];
+    const straight = code => code.replace(/\bPBRNeutralToneMapping\s*\([^)]*\)\s*(->\s*\w+\s*)?\{/, '$& return color;');
+    if (original) made[method] = function(...given) {
+        const last = given.pop();
+        const source = typeof last === 'string' ? straight(last) : {...last, code: straight(last.code)};
+        return original.call(this, ...given, source);
+    };
+}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +13,11 @@ import numpy as np
 from PIL import Image
 
 from psd.config import ARMS, FIELDS, MODES
+from psd.export import to_uint8
 from psd.methods import METHODS
+from psd.scene.cameras import orbit_cameras
+from psd.scene.fields import ConstantBackground
+from psd.scene.raster import MeshScene
 from psd.ui.examples import load_prompts
 from psd.ui.form import GROUPS, arm_label
 
@@ -19,6 +25,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 LAST_S, QUIET_S = 1500, 120  # of a run in all, and without a step or another word of the page: this machine may be slow
+BEHIND = (0.86, 0.88, 0.90)  # the viewers' background
 ENDS = ("Done", "Stopped", "Broke down", "broke down", "Nothing was made")
 # Every control that the page is meant to have; gradio's own buttons of pictures, videos and viewers among them.
 CONTROLS = {
@@ -121,6 +128,22 @@ def viewer(page: Page, side: str, path: Path) -> np.ndarray:
             break
         page.wait_for_timeout(500)
     return picture
+
+
+def as_the_viewer_looks(scene: MeshScene, size: int) -> np.ndarray:
+    """Our own render from where Babylon's viewer first stands, [size, size, 3] of 0 to 255: 15 degrees above the front,
+    1.1 diagonals of the mesh's box from the box's middle, 0.8 rad from the lower to the upper edge."""
+    used = scene.vertices[scene.faces].view(-1, 3)
+    low, high = used.amin(0), used.amax(0)
+    distance, fovy_deg = 1.1 * (high - low).norm().item(), math.degrees(0.8)
+    camera = orbit_cameras(1, elevation_deg=15.0, fovy_deg=fovy_deg, distance=distance)
+    centred = replace(scene, vertices=scene.vertices - (low + high) / 2, background=ConstantBackground(BEHIND))
+    return to_uint8(centred.render(camera, size, samples=1).rgb[0]).astype(float)
+
+
+def mean_colour(picture: np.ndarray) -> np.ndarray:
+    """Of the object, [3], where it differs from the background."""
+    return picture[np.abs(picture - 255 * np.array(BEHIND)).max(-1) > 25].mean(0)
 
 
 def upright_and_coloured(picture: np.ndarray) -> None:

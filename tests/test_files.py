@@ -83,7 +83,10 @@ def test_glb_material_and_attributes(mesh: Mesh, glb: Path):
     assert material["pbrMetallicRoughness"]["roughnessFactor"] == 0.9
     assert "baseColorTexture" in material["pbrMetallicRoughness"]
     assert not material.get("doubleSided", False)
-    assert not tree.get("extensionsUsed")
+    # The light is in the colours; a viewer that cannot do without its own may still show the file.
+    assert material["extensions"] == {"KHR_materials_unlit": {}}
+    assert tree["extensionsUsed"] == ["KHR_materials_unlit"] and not tree.get("extensionsRequired")
+    assert "baseColorFactor" not in material["pbrMetallicRoughness"] and "emissiveFactor" not in material
     assert tree["samplers"][tree["textures"][0]["sampler"]] == {"wrapS": 33071, "wrapT": 33071}
     assert glb.stat().st_size < 9e6
     holey = Mesh(**{**vars(mesh), "report": {**mesh.report, "watertight": False}})
@@ -146,7 +149,7 @@ def test_obj_zip_is_complete_and_closed(mesh: Mesh, tmp_path: Path):
         assert archive.testzip() is None
         files = {name: archive.read(name) for name in archive.namelist()}
     assert set(files) == {"mesh.obj", "mesh.mtl", "texture.png"}
-    assert b"map_Kd texture.png" in files["mesh.mtl"]
+    assert {b"map_Kd texture.png", b"Kd 1 1 1", b"illum 0"} <= set(files["mesh.mtl"].splitlines())  # 0: without light
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(files["texture.png"]))), mesh.texture)
     rows = [line.split() for line in files["mesh.obj"].decode().splitlines()]
     vertices, uv, normals = (np.array([row[1:] for row in rows if row[0] == kind], float) for kind in ("v", "vt", "vn"))

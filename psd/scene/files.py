@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from trimesh.scene.transforms import SceneGraph
 
 ROUGHNESS = 0.9
+UNLIT = "KHR_materials_unlit"
 CLAMP_TO_EDGE = 33071  # glTF takes OpenGL's numbers
 EXTRAS_KEY = "psd"  # of the GLB's asset.extras, where the settings are
 MAX_HEADER_BYTES = 2**20  # a GLB's JSON that is read for its settings
@@ -51,9 +52,11 @@ def z_up(rows: Float[np.ndarray, "N 3"]) -> Float[np.ndarray, "N 3"]:
 
 
 def export_glb(mesh: Mesh, path: Path, extras: dict[str, Any]) -> None:
-    """Binary glTF 2.0, y-up: normals, base colour texture (sRGB), rough non-metal; `extras` as JSON in asset.extras.
+    """Binary glTF 2.0, y-up: normals, base colour texture (sRGB), without light; `extras` as JSON in asset.extras.
 
     A number in `extras` that is not finite becomes null.
+    Unlit, because the field's light is in the colours: a viewer's own would come on top of it. One that does not know
+    the extension sees a rough non-metal.
     No COLOR_0: a viewer would multiply it with the texture. One-sided, so that viewers can leave out the back faces;
     two-sided where the mesh has holes to look through.
     """
@@ -80,6 +83,8 @@ def export_glb(mesh: Mesh, path: Path, extras: dict[str, Any]) -> None:
         tree["asset"]["extras"] = {EXTRAS_KEY: extras}
         tree["samplers"] = [{"wrapS": CLAMP_TO_EDGE, "wrapT": CLAMP_TO_EDGE}]  # charts touch the texture's edges
         tree["textures"][0]["sampler"] = 0
+        tree["materials"][0]["extensions"] = {UNLIT: {}}
+        tree["extensionsUsed"] = [UNLIT]
 
     write_file(path, model.export(file_type="glb", include_normals=True, tree_postprocessor=finish))
 
@@ -225,7 +230,7 @@ def export_ply(mesh: Mesh, path: Path) -> None:
 
 
 def export_obj_zip(mesh: Mesh, path: Path) -> None:
-    """mesh.obj, mesh.mtl and texture.png in one zip, y-up. Faces share vertices across the texture's seams.
+    """mesh.obj, mesh.mtl and texture.png in one zip, y-up, unlit. Faces share vertices across the texture's seams.
 
     The same mesh gives the same bytes: no entry holds the time it was written at.
     """
@@ -236,7 +241,7 @@ def export_obj_zip(mesh: Mesh, path: Path) -> None:
         lines.write((row * len(rows)) % tuple(rows.ravel().tolist()))
     corners = np.stack([mesh.faces, mesh.atlas.faces, mesh.faces], -1) + 1
     lines.write(("f %d/%d/%d %d/%d/%d %d/%d/%d\n" * len(corners)) % tuple(corners.ravel().tolist()))
-    material = "newmtl surface\nKd 1 1 1\nKs 0 0 0\nillum 1\nmap_Kd texture.png\n"
+    material = "newmtl surface\nKd 1 1 1\nKs 0 0 0\nillum 0\nmap_Kd texture.png\n"
     data = io.BytesIO()
     with zipfile.ZipFile(data, "w") as archive:
         archive.writestr(zipfile.ZipInfo("mesh.obj"), lines.getvalue(), zipfile.ZIP_DEFLATED, compresslevel=1)

@@ -166,9 +166,15 @@ def looked_up(texels: UInt8[Tensor, "h w 3"], uv: Float[Tensor, "N 2"]) -> Float
 
 
 def linear_of(srgb: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Light of a colour, both in [0, 1] (IEC 61966-2-1).
+
+    Renders, textures, PLY and MTL hold sRGB. Only glTF's corner colours and factors are light, so that this and
+    `srgb_of` are needed to read a GLB alone: what we write has none of either.
+    """
     return torch.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
 
 
 def srgb_of(linear: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """The reverse of `linear_of`; light beyond [0, 1] is cut off."""
     linear = linear.clamp(0, 1)
     return torch.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
