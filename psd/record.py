@@ -29,7 +29,7 @@ from PIL import Image
 from torch import Tensor
 
 import psd
-from psd.config import LOCAL, RunConfig
+from psd.config import FIELDS, LOCAL, RunConfig, todays
 from psd.contracts import Artefact
 from psd.embedding import export_embedding, read_embedding
 from psd.errors import Abandoned, RequestError
@@ -267,7 +267,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def settings_of(path: Path) -> dict[str, Any]:
     """The settings inside a result: the picture's text chunk, the mesh's extras or run.json's "config".
 
-    As they were written, unchecked, but without the names of files: they mean nothing here. Raises RequestError.
+    As they were written, unchecked, but without the names of files: they mean nothing here. A run writes all settings
+    that its version has: one that it lacks came later, and was off. Raises RequestError.
     """
     try:
         if path.suffix.lower() == ".glb":
@@ -283,6 +284,8 @@ def settings_of(path: Path) -> dict[str, Any]:
     found = found.get("config", found) if isinstance(found, dict) else {}
     if not isinstance(found, dict) or not isinstance(found.get("prompt"), str):
         raise RequestError("This file carries no settings: drop a result PNG, GLB or run.json that this app wrote.")
+    if {"mode", "preset", "steps", "seed"} <= found.keys():
+        found = {name: setting.default for name, setting in FIELDS.items()} | todays(found)
     return {name: value for name, value in found.items() if name not in LOCAL}
 
 
