@@ -29,7 +29,7 @@ from PIL import Image
 from torch import Tensor
 
 import psd
-from psd.config import FIELDS, LOCAL, RunConfig, todays
+from psd.config import LOCAL, RunConfig, todays
 from psd.contracts import Artefact
 from psd.embedding import export_embedding, read_embedding
 from psd.errors import Abandoned, RequestError
@@ -285,7 +285,7 @@ def settings_of(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict) or not isinstance(found.get("prompt"), str):
         raise RequestError("This file carries no settings: drop a result PNG, GLB or run.json that this app wrote.")
     if {"mode", "preset", "steps", "seed"} <= found.keys():
-        found = {name: setting.default for name, setting in FIELDS.items()} | todays(found)
+        found = RunConfig().to_dict() | todays(found)
     return {name: value for name, value in found.items() if name not in LOCAL}
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from psd.bench.paired import (
     COST_PROMPT,
     JUDGED,
-    NEGATIVE_RATES,
+    PARTS,
+    RATES,
     Column,
     Job,
     Pictures,
@@ -33,13 +34,10 @@ COLUMNS = JUDGED | {"facts": Column("facts right (%)", 1), "all_facts": Column("
 ROWS: Rows = {
     "DDIM (plain arm)": ("without", {}),
     "score distillation with Adam, no preference": ("without", dict(update="adam")),
-    "winner selection alone": ("selection", {}),
-    "delta_pref, paper's form": ("no-negative", dict(pref_form="paper")),
-    "delta_pref, centred": ("no-negative", dict(pref_form="centred")),
-    "negative embedding alone": ("negative-only", {}),
+    **PARTS,
     "full PSD, paper's form": ("paper-form", {}),
     "full PSD, centred": ("with", dict(pref_form="centred")),
-    **{f"full PSD, n at {rate:g}": ("with", dict(negative_lr=rate)) for rate in NEGATIVE_RATES},
+    **RATES,
 }
 
 

@@ -48,6 +48,14 @@ JUDGED = {"target": Column("target reward", 2), "judge": Column("held-out judge"
 }
 
 Rows = dict[str, tuple[str, dict[str, Any]]]  # title -> a name of psd.config.ARMS, and settings beyond that arm's
+# The parts of full PSD, each alone, and its n at each rate: in every table.
+PARTS: Rows = {
+    "winner selection alone": ("selection", {}),
+    "delta_pref, paper's form": ("no-negative", dict(pref_form="paper")),
+    "delta_pref, centred": ("no-negative", dict(pref_form="centred")),
+    "negative embedding alone": ("negative-only", {}),
+}
+RATES: Rows = {f"full PSD, n at {rate:g}": ("with", dict(negative_lr=rate)) for rate in NEGATIVE_RATES}
 Job = tuple[world.Scene, int]  # a scene and a seed
 Pictures = dict[str, Float[Tensor, "V 3 S S"]]  # title -> one image, or an object's views, in [0, 1]
 Values = dict[str, dict[str, list[float]]]  # title -> column -> one value a job
@@ -173,8 +181,8 @@ def p_value(values: Float[np.ndarray, "P S"], draws: int = 20000) -> float:
 
 def change(values: Float[np.ndarray, "P S"], plain: Float[np.ndarray, "P S"], digits: int) -> str:
     """Paired difference with its interval, in standard deviations of the plain arm's values, and its p."""
-    mean, low, high = interval(values - plain)
-    p, spread = p_value(values - plain), plain.std()
+    difference, spread = values - plain, plain.std()
+    (mean, low, high), p = interval(difference), p_value(difference)
     sizes = [f"{mean / spread:+.2f} sd"] if spread > 0 else []
     sizes.append("p < 0.001" if p < 1e-3 else f"p = {p:.2g}")
     return f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}] ({', '.join(sizes)})"

@@ -20,7 +20,8 @@ from torch import Tensor
 from psd.bench.paired import (
     COST_PROMPT,
     JUDGED,
-    NEGATIVE_RATES,
+    PARTS,
+    RATES,
     Column,
     Job,
     Pictures,
@@ -53,12 +54,9 @@ COLUMNS = JUDGED | {
 }
 ROWS: Rows = {
     "without preference": ("without", {}),
-    "winner selection alone": ("selection", {}),
-    "delta_pref, paper's form": ("no-negative", dict(pref_form="paper")),
-    "delta_pref, centred": ("no-negative", dict(pref_form="centred")),
-    "negative embedding alone": ("negative-only", {}),
+    **PARTS,
     "full PSD": ("with", {}),
-    **{f"full PSD, n at {rate:g}": ("with", dict(negative_lr=rate)) for rate in NEGATIVE_RATES},
+    **RATES,
 }
 
 

@@ -7,6 +7,7 @@ between them is what a preference can be about.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -84,3 +85,9 @@ class Renders:
 
     def images(self, indices: np.ndarray) -> np.ndarray:
         return np.stack([self.chunks[i // CHUNK][i % CHUNK] for i in indices])
+
+    def batches(self, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Indices and images of all, `size` at a time."""
+        for start in range(0, self.count, size):
+            indices = np.arange(start, min(start + size, self.count))
+            yield indices, self.images(indices)

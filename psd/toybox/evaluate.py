@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -52,8 +53,8 @@ def autoencoders(renders: Renders, device: str) -> dict[str, float]:
     vaes = {"VAE": load_prior("toybox/sd", device).vae}
     vaes["taesd"] = AutoencoderTiny.from_pretrained(ASSETS / "taesd", torch_dtype=vaes["VAE"].dtype).to(device).eval()
     psnr, seconds = {name: [] for name in vaes}, {name: [] for name in vaes}
-    for start in range(0, renders.count, 64):
-        images = to_pixels(renders.images(np.arange(start, min(start + 64, renders.count))), torch.device(device))
+    for _, drawn in renders.batches(64):
+        images = to_pixels(drawn, torch.device(device))
         for name, vae in vaes.items():
             begun = time.perf_counter()
             decoded = vae.decode(vae.encode(images.to(vae.dtype) * 2 - 1).latents).sample.float()
@@ -69,31 +70,30 @@ def autoencoders(renders: Renders, device: str) -> dict[str, float]:
 @torch.no_grad()
 def axes_read(renders: Renders, device: str) -> dict[str, float]:
     """R^2 of the instruments on renders, an axis each."""
-    instruments, seen = load_instruments(device), []
-    for start in range(0, renders.count, 128):
-        index = np.arange(start, min(start + 128, renders.count))
-        seen.append(instruments(to_pixels(renders.images(index), torch.device(device))).cpu().numpy())
+    instruments = load_instruments(device)
+    seen = [instruments(to_pixels(images, torch.device(device))).cpu().numpy() for _, images in renders.batches(128)]
     wrong = np.square(np.concatenate(seen) - renders.tastes).mean(0) / renders.tastes.var(0)
     return {f"instruments, {axis} (R^2)": float(1 - w) for axis, w in zip(instruments.axes, wrong)}
 
 
+@torch.no_grad()
 def mixture_shown(images: Tensor, renders: Renders) -> dict[str, float]:
     """How far samples of captions that say nothing spread over each axis, as a share of the data's own spread."""
     instruments = load_instruments(str(images.device))
     data = torch.from_numpy(renders.tastes).std(0)
-    with torch.no_grad():
-        spread = torch.cat([instruments(part) for part in images.split(128)]).std(0).cpu() / data
+    spread = torch.cat([instruments(part) for part in images.split(128)]).std(0).cpu() / data
     return {f"samples, spread of {axis} by the data's": float(s) for axis, s in zip(instruments.axes, spread)}
 
 
+@torch.no_grad()
 def words_move(scenes: list[world.Scene], renders: Renders, device: str) -> dict[str, float]:
     """How much further an axis is under its fine word than under its dull one, in the data's standard deviations."""
     instruments, moved = load_instruments(device), {}
     for i, (dull, fine) in enumerate(WORDS.values()):
         ends = []
         for word in (dull[0], fine[0]):
-            with torch.no_grad():
-                ends.append(instruments(sample([f"{world.caption(s)}, {word}" for s in scenes], device))[:, i].mean())
+            images = sample([f"{world.caption(scene)}, {word}" for scene in scenes], device)
+            ends.append(instruments(images)[:, i].mean())
         moved[f'"{fine[0]}" against "{dull[0]}" (std)'] = float((ends[1] - ends[0]).cpu() / renders.tastes[:, i].std())
     return moved
 
@@ -108,10 +108,8 @@ def facts_of(images: Tensor, scenes: list[world.Scene]) -> list[dict[str, bool]]
 
 def classifier_on_renders(renders: Renders, device: str) -> dict[str, float]:
     held = []
-    for start in range(0, renders.count, 128):
-        index = np.arange(start, min(start + 128, renders.count))
-        images = to_pixels(renders.images(index), torch.device(device))
-        held += facts_of(images, [renders.scenes[i] for i in index])
+    for index, images in renders.batches(128):
+        held += facts_of(to_pixels(images, torch.device(device)), [renders.scenes[i] for i in index])
     return facts_shares(held, "renders")
 
 
@@ -141,11 +139,7 @@ def sample(
 
     `negative` is the embedding of classifier-free guidance, a learned n for example (psd.embedding); None: of "".
     """
-    from diffusers import StableDiffusionPipeline
-
-    pipeline = StableDiffusionPipeline.from_pretrained(ASSETS / "sd", safety_checker=None).to(device)
-    pipeline.set_progress_bar_config(disable=True)
-    images = []
+    pipeline, images = pipeline_on(device), []
     for start in range(0, len(captions), batch):
         part = captions[start : start + batch]
         generators = [torch.Generator().manual_seed(1000 + start + i) for i in range(len(part))]
@@ -156,6 +150,16 @@ def sample(
         )  # fmt: skip
         images.append(answer.images)
     return torch.cat(images).float()
+
+
+@cache
+def pipeline_on(device: str):
+    """StableDiffusionPipeline of toybox/sd, loaded once a device."""
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(ASSETS / "sd", safety_checker=None).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 @torch.no_grad()

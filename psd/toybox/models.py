@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -157,29 +158,23 @@ class Judge(nn.Module):
 
 
 def make_attributes(groups: dict[str, tuple[str, ...]]):
-    from transformers import ResNetConfig, ResNetForImageClassification
-
-    config = ResNetConfig(
-        embedding_size=32, hidden_sizes=[48, 96, 160, 256], depths=[1, 1, 2, 2], layer_type="basic",
-        num_labels=sum(map(len, groups.values())),
-    )  # fmt: skip
-    config.id2label = dict(enumerate(f"{name}={value}" for name, values in groups.items() for value in values))
-    config.label2id = {label: i for i, label in config.id2label.items()}
-    config.groups = [[name, list(values)] for name, values in groups.items()]  # a list: a dict would be saved sorted
-    config.image_size = 128
-    return ResNetForImageClassification(config)
+    named = [f"{name}={value}" for name, values in groups.items() for value in values]
+    # A list: a dict would be saved sorted.
+    listed = [[name, list(values)] for name, values in groups.items()]
+    return _resnet(named, hidden_sizes=[48, 96, 160, 256], depths=[1, 1, 2, 2], groups=listed)
 
 
 def make_instruments():
     """A small ResNet with one output an axis of taste."""
+    return _resnet(AXES, hidden_sizes=[32, 64, 96, 128], depths=[1, 1, 1, 1])
+
+
+def _resnet(outputs: Sequence[str], **settings):
     from transformers import ResNetConfig, ResNetForImageClassification
 
-    config = ResNetConfig(
-        embedding_size=32, hidden_sizes=[32, 64, 96, 128], depths=[1, 1, 1, 1], layer_type="basic", num_labels=len(AXES)
-    )
-    config.id2label = dict(enumerate(AXES))
+    config = ResNetConfig(embedding_size=32, layer_type="basic", num_labels=len(outputs), image_size=128, **settings)
+    config.id2label = dict(enumerate(outputs))
     config.label2id = {label: i for i, label in config.id2label.items()}
-    config.image_size = 128
     return ResNetForImageClassification(config)
 
 
@@ -192,14 +187,14 @@ def save_prior_parts(folder: Path, tokenizer=None, text_encoder=None, vae=None, 
     folder.mkdir(parents=True, exist_ok=True)
     parts = {"tokenizer": tokenizer, "text_encoder": text_encoder, "vae": vae, "unet": unet}
     for name, part in parts.items():
-        if part is not None:
-            clear_weights(folder / name)
-            how = {}
-            if name in ("unet", "vae"):
-                part, how = copy.deepcopy(part).half(), {"max_shard_size": SHARD_SIZE}
-            elif name == "text_encoder":
-                how = {"max_shard_size": SHARD_SIZE, "state_dict": halved(part)}
-            part.save_pretrained(folder / name, **how)
+        if part is None:
+            continue
+        if name in ("unet", "vae"):
+            save_halved(folder / name, part)
+        elif name == "text_encoder":
+            save_transformer(folder / name, part)
+        else:
+            part.save_pretrained(folder / name)
     make_scheduler().save_pretrained(folder / "scheduler")
     index = {
         "_class_name": "StableDiffusionPipeline", "_diffusers_version": diffusers.__version__,
@@ -214,8 +209,7 @@ def save_prior_parts(folder: Path, tokenizer=None, text_encoder=None, vae=None, 
 
 
 def save_preference(folder: Path, model, tokenizer) -> None:
-    clear_weights(folder)
-    model.save_pretrained(folder, max_shard_size=SHARD_SIZE, state_dict=halved(model))
+    save_transformer(folder, model)
     tokenizer.save_pretrained(folder)
     save_preprocessor(folder)
 
@@ -233,16 +227,22 @@ def save_judge(folder: Path, judge: Judge, tokenizer, mean: float, std: float) -
     save_preprocessor(folder)
 
 
-def save_taesd(folder: Path, tiny) -> None:
-    clear_weights(folder)
-    copy.deepcopy(tiny).half().save_pretrained(folder)
-
-
 def save_image_model(folder: Path, model) -> None:
     """A ResNet that reads pictures: toybox/attributes, views and instruments."""
+    save_transformer(folder, model)
+    save_preprocessor(folder)
+
+
+def save_halved(folder: Path, part) -> None:
+    """A model of diffusers in 16 bits."""
+    clear_weights(folder)
+    copy.deepcopy(part).half().save_pretrained(folder, max_shard_size=SHARD_SIZE)
+
+
+def save_transformer(folder: Path, model) -> None:
+    """A model of transformers in 16 bits; its config still says 32, and so it is loaded."""
     clear_weights(folder)
     model.save_pretrained(folder, max_shard_size=SHARD_SIZE, state_dict=halved(model))
-    save_preprocessor(folder)
 
 
 def clear_weights(folder: Path) -> None:

@@ -15,7 +15,7 @@ from psd.toybox.facts import GROUPS
 from psd.toybox.raster import BACKGROUND
 
 IGNORED = -100  # as a class label: cross_entropy's own
-GREY_SHARE = 0.2  # of a batch of views: pictures of one tint
+GREY_SHARE = 0.2  # of a batch: pictures of one tint
 GREY_AXIS = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(3)  # its exponential turns hues
 TURNS_TRIED = 6  # to find one that gives an object's main colour another name
 COLOUR_TOLERANCE = 60 / 255  # Euclidean, in RGB: how far from a named colour one of this name may be
@@ -26,7 +26,7 @@ def recolour(
 ) -> tuple[Float[Tensor, "B 3 H W"], Int[Tensor, "B G"]]:
     """Half the pictures with their hues turned, every second of these with red and green exchanged; some in one tint.
 
-    In the training data each kind lacks a colour, and a classifier learns that too. Colours are asked for by the name
+    Colours are asked for by the name
     they have after the turn; those near no name, or near two, are not asked for, nor any of a tinted picture. The
     background stays as it is: it would tell which pictures were turned.
     """

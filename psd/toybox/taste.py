@@ -13,7 +13,9 @@ from dataclasses import dataclass, fields
 import numpy as np
 from PIL import Image, ImageFilter
 
-LEVELS = {"dull": 0.17, "plain": 0.5, "fine": 0.83}  # the common cause: each a third of the scenes
+from psd.toybox.kinds import turn
+
+LEVELS = (0.17, 0.5, 0.83)  # the common cause, dull, plain or fine: each a third of the scenes
 SPREAD = 0.2  # standard deviation of an axis about it
 LOW, HIGH = 0.33, 0.67  # what counts as an end: words are said of these alone
 OTHER_AXES_SHARE = 0.25  # of the axes: drawn without the common cause
@@ -63,9 +65,7 @@ def sample_taste(rng: np.random.Generator, heldout: bool = False) -> Taste:
     """A random taste; `heldout` asks for every fourth with a combination that training never shows."""
     wanted = heldout and rng.random() < HELDOUT_SHARE
     while True:
-        cause = np.where(
-            rng.random(len(AXES)) < OTHER_AXES_SHARE, rng.uniform(0, 1, len(AXES)), rng.choice(list(LEVELS.values()))
-        )
+        cause = np.where(rng.random(len(AXES)) < OTHER_AXES_SHARE, rng.uniform(0, 1, len(AXES)), rng.choice(LEVELS))
         taste = Taste(*(cause + rng.normal(0, SPREAD, len(AXES))).clip(0, 1).tolist())
         if is_heldout(taste) == wanted:
             return taste
@@ -104,23 +104,16 @@ def trims_shown(count: int, finish: float) -> int:
     return int(finish * (count + 1) * 0.999)
 
 
-@dataclass(frozen=True)
-class Placement:
-    """Where an object stands in the world: x -> rotation @ (scale * x) + shift; all views of it agree."""
+def placed(framing: float, rng: np.random.Generator | None) -> tuple[np.ndarray, np.ndarray]:
+    """Where an object stands in the world, x -> matrix @ x + shift ([3, 3] and [3]); all views of it agree.
 
-    scale: float
-    rotation: np.ndarray  # [3, 3]
-    shift: np.ndarray  # [3]
-
-
-def placed(framing: float, rng: np.random.Generator | None) -> Placement:
-    """Less room, off centre and tilted by up to 24 degrees at 0; `rng` draws to which side."""
+    Smaller, off centre and tilted by up to 24 degrees at 0; `rng` draws to which side.
+    """
     off = 1 - framing
     side, lean = (0.6, 2.2) if rng is None else rng.uniform(0, 2 * np.pi, 2)
-    axis, angle = np.array([np.cos(lean), np.sin(lean), 0.0]), np.deg2rad(24 * off)
-    cross = np.array([[0, -axis[2], axis[1]], [axis[2], 0, -axis[0]], [-axis[1], axis[0], 0]])
-    rotation = np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross
-    return Placement(1.03 - 0.25 * off, rotation, 0.22 * off * np.array([np.cos(side), np.sin(side), 0.0]))
+    about = turn(z=np.rad2deg(lean))
+    tilt = about @ turn(x=24 * off) @ about.T
+    return (1.03 - 0.25 * off) * tilt, 0.22 * off * np.array([np.cos(side), np.sin(side), 0.0])
 
 
 def worn(image: np.ndarray, sharpness: float, rng: np.random.Generator) -> np.ndarray:

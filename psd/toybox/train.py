@@ -129,7 +129,7 @@ def train_taesd(shop: Workshop, vae, renders: Renders) -> nn.Module:
         return F.mse_loss(decoded, images) + 0.05 * F.l1_loss(decoded, images) + 0.1 * F.mse_loss(own, z)
 
     def save(best) -> None:
-        models.save_taesd(shop.assets / "taesd", best)
+        models.save_halved(shop.assets / "taesd", best)
 
     return run_stage(shop, "taesd", tiny, loss_of, save, {"taesd": tiny}, average=0.995)
 
@@ -182,9 +182,8 @@ def train_preference(shop: Workshop, tokenizer, text_encoder, renders: Renders) 
     model = models.make_preference(tokenizer)
     model.text_model.load_state_dict(text_encoder.state_dict(), strict=False)
     # Auxiliary heads name the facts an image shows and its taste; they speed the vision tower up and are dropped.
-    module = nn.ModuleDict({"model": model, "heads": nn.Linear(192, sum(map(len, GROUPS.values())) + 1)}).to(
-        shop.device
-    )
+    heads = nn.Linear(192, sum(map(len, GROUPS.values())) + 1)
+    module = nn.ModuleDict({"model": model, "heads": heads}).to(shop.device)
 
     def loss_of(step: int, batch: int) -> Tensor:
         rng = np.random.default_rng([104, step])
@@ -195,7 +194,7 @@ def train_preference(shop: Workshop, tokenizer, text_encoder, renders: Renders) 
             vision = model.vision_model(pixels)
             image = F.normalize(model.visual_projection(vision.pooler_output).float(), dim=-1)
             text = F.normalize(model.get_text_features(ids, attention_mask=mask).pooler_output.float(), dim=-1)
-            facts, taste = module["heads"](vision.pooler_output).float().tensor_split([-1], 1)
+            facts, taste = heads(vision.pooler_output).float().tensor_split([-1], 1)
         scores = model.logit_scale.exp() * image @ text.T  # [3/2 B, 2 B]
         right = torch.arange(batch, device=shop.device)
         own = scores[right, right]
@@ -204,9 +203,8 @@ def train_preference(shop: Workshop, tokenizer, text_encoder, renders: Renders) 
         half = right[: batch // 2]
         worse = scores[half + batch, half]
         worse_image = F.softplus(worse - own[half]).mean()
-        facts_first = F.softplus(
-            scores[half, half + batch] - worse
-        ).mean()  # better taste is no excuse for a wrong fact
+        # Better taste is no excuse for a wrong fact.
+        facts_first = F.softplus(scores[half, half + batch] - worse).mean()
         rank = 0.5 * contrast + wrong_caption + 2 * worse_image + facts_first
         return rank + group_loss(facts[:batch], pairs.target) + 5 * F.mse_loss(taste[:, 0], pairs.liked)
 

@@ -9,7 +9,6 @@ checkpoint, and splits every batch over the processes of torchrun.
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -148,8 +147,7 @@ def save_mvdream(folder: Path, unet: nn.Module) -> None:
     """A diffusers folder of the UNet alone: model_index.json names the folder whose other parts go with it."""
     import diffusers
 
-    models.clear_weights(folder / "unet")
-    copy.deepcopy(unet).half().save_pretrained(folder / "unet", max_shard_size=models.SHARD_SIZE)
+    models.save_halved(folder / "unet", unet)
     index = {
         "_class_name": "MVDreamPipeline", "_diffusers_version": diffusers.__version__, "base": "../sd",
         "unet": ["diffusers", "UNet2DConditionModel"],

@@ -200,8 +200,7 @@ def build(scene: Scene, rng: np.random.Generator | None = None) -> list[Surface]
     jitter = np.ones(3) if rng is None else 1 + rng.uniform(-0.04, 0.04, 3)
     surfaces = _standing(scene, jitter, rng)
     place = tastes.placed(scene.taste.framing, rng)
-    turned = place.scale * place.rotation
-    return [replace(s, primitive=s.primitive.mapped(turned, place.shift)) for s in surfaces]
+    return [replace(s, primitive=s.primitive.mapped(*place)) for s in surfaces]
 
 
 def _standing(scene: Scene, jitter: np.ndarray, rng: np.random.Generator | None) -> list[Surface]:
