@@ -7,7 +7,6 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-import torch
 from numpy.random import default_rng
 
 from psd.toybox import kinds, raster, taste, trims, views, world
@@ -201,8 +200,8 @@ def test_likings_weigh_the_axes():
 @pytest.mark.parametrize("liking", [PREFERENCE, replace(JUDGE, spoils=())])
 def test_worse_pictures_are_twins_of_clearly_less_taste(liking):
     renders = FewRenders(2, 120)
-    batch = ranked_batch(torch.device("cpu"), renders, liking, default_rng(0), 24)
-    better, worse = ((255 * p[:, 0, 0, 0]).round().long().numpy() for p in (batch.pixels, batch.worse))
+    batch = ranked_batch(renders, liking, default_rng(0), 24)
+    better, worse = (p[:, 0, 0, 0].astype(int) for p in (batch.images, batch.worse))
     assert len(worse) == 12 and len(set(better // 2)) == 24  # no scene twice: a caption would be right of both
     assert (worse // 2 == better[:12] // 2).all()
     liked = liking.of(renders.tastes)

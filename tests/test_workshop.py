@@ -135,9 +135,14 @@ def test_the_classifier_of_views_starts_from_that_of_attributes():
 
 def test_the_learning_rate_by_hand():
     """Of a long stage the warm-up is 200 steps, of a short one a tenth."""
-    assert [workshop.learning_rate(2.0, step, 10_000) for step in (0, 5000, 9999)] == pytest.approx([0.01, 1.0, 0.02])
-    assert workshop.learning_rate(2.0, 99, 10_000) == pytest.approx(1.0, rel=1e-3)
-    assert [workshop.learning_rate(2.0, step, 100) for step in (0, 4, 50)] == pytest.approx([0.2, 1.0, 1.0], rel=5e-3)
+
+    def rates(steps: int, *at: int) -> list[float]:
+        return [workshop.learning_rate(2.0, step, steps, progress=step / steps) for step in at]
+
+    assert rates(10_000, 0, 5000, 9999) == pytest.approx([0.01, 1.0, 0.02])
+    assert rates(10_000, 99) == pytest.approx([1.0], rel=1e-3)
+    assert rates(100, 0, 4, 50) == pytest.approx([0.2, 1.0, 1.0], rel=5e-3)
+    assert workshop.learning_rate(2.0, 5000, 10_000, progress=1.0) == 0.02  # its time is over
 
 
 def test_gradients_are_the_mean_over_the_processes(monkeypatch):

@@ -170,11 +170,11 @@ def pair_accuracy(name: str, renders: Renders, device: str, batches: int = 6) ->
     right = {"facts": [], "taste": [], "facts before taste": [], "broken picture": []}
     for batch in range(batches):
         rng = np.random.default_rng([91, batch])
-        pairs = ranked_batch(torch.device(device), renders, liking, rng, 64)
-        half = len(pairs.worse)
-        own, wrong = reward(pairs.pixels, pairs.captions), reward(pairs.pixels, pairs.wrong_captions)
-        worse = reward(pairs.worse, pairs.captions[:half])
-        broken = prior.decode(broken_latents(prior.encode(pairs.pixels), rng)).clamp(0, 1)
+        pairs = ranked_batch(renders, liking, rng, 64)
+        half, pixels = len(pairs.worse), to_pixels(pairs.images, torch.device(device))
+        own, wrong = reward(pixels, pairs.captions), reward(pixels, pairs.wrong_captions)
+        worse = reward(to_pixels(pairs.worse, torch.device(device)), pairs.captions[:half])
+        broken = prior.decode(broken_latents(prior.encode(pixels), rng)).clamp(0, 1)
         right["facts"].append(own > wrong)
         right["taste"].append(own[:half] > worse)
         right["facts before taste"].append(worse > wrong[:half])

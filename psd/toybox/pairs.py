@@ -16,9 +16,9 @@ from psd.toybox.facts import labels
 from psd.toybox.taste import AXES
 
 
-def to_pixels(images: np.ndarray, device: torch.device) -> Tensor:
+def to_pixels(images: np.ndarray | Tensor, device: torch.device) -> Tensor:
     """uint8 [B, H, W, 3] -> float [B, 3, H, W] in [0, 1], channels last."""
-    return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float().div_(255)
+    return torch.as_tensor(images, device=device).permute(0, 3, 1, 2).float().div_(255)
 
 
 def normalise(pixels: Tensor) -> Tensor:
@@ -126,20 +126,18 @@ SPOILT_SHARE = 0.3  # of the worse pictures, where the liking names a way
 class Ranked:
     """A batch of comparisons: the picture under its own caption, under a wrong one, and a worse picture of its scene.
 
-    worse[i] is of less taste than pixels[i], by more than CLEARLY, or spoilt; the same caption holds of both.
+    worse[i] is of less taste than images[i], by more than CLEARLY, or spoilt; the same caption holds of both.
     """
 
-    pixels: Tensor  # [B, 3, 128, 128] in [0, 1]
+    images: np.ndarray  # uint8 [B, 128, 128, 3]
     captions: list[str]
     wrong_captions: list[str]
-    worse: Tensor  # [B // 2, 3, 128, 128], of the first half
-    target: Tensor  # facts [B, 8]
-    liked: Tensor  # [B + B // 2] of pixels and worse: their taste as the liking weighs it; 0 where spoilt
+    worse: np.ndarray  # uint8 [B // 2, 128, 128, 3], of the first half
+    target: np.ndarray  # facts [B, 8]
+    liked: np.ndarray  # [B + B // 2] of images and worse: their taste as the liking weighs it; 0 where spoilt
 
 
-def ranked_batch(
-    device: torch.device, renders: Renders, liking: Liking, rng: np.random.Generator, batch: int
-) -> Ranked:
+def ranked_batch(renders: Renders, liking: Liking, rng: np.random.Generator, batch: int) -> Ranked:
     """The first half are twins that clearly differ in taste, the second any pictures of other scenes."""
     half, liked = batch // 2, liking.of(renders.tastes).reshape(-1, 2)
     clear = np.flatnonzero(np.abs(liked[:, 1] - liked[:, 0]) > CLEARLY)
@@ -154,10 +152,10 @@ def ranked_batch(
         shown[batch + i] = 0
     scenes = [renders.scenes[i] for i in index]
     return Ranked(
-        pixels=to_pixels(images, device),
+        images=images,
         captions=[world.caption(scene, rng) for scene in scenes],
         wrong_captions=[world.caption(wrong_scene(scene, rng), rng) for scene in scenes],
-        worse=to_pixels(worse, device),
-        target=torch.from_numpy(np.stack([labels(scene) for scene in scenes])).to(device),
-        liked=torch.from_numpy(shown).to(device),
+        worse=worse,
+        target=np.stack([labels(scene) for scene in scenes]),
+        liked=shown,
     )

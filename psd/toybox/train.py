@@ -40,15 +40,15 @@ from psd.toybox.workshop import (
 TRAINED = ("text", "vae", "taesd", "attributes", "instruments", "preference", "judge", "sd")
 
 
-def tokens(tokenizer, captions: list[str], device: torch.device):
+def tokens(tokenizer, captions: list[str]) -> tuple[Tensor, Tensor]:
     batch = tokenizer(captions, padding="longest", truncation=True, max_length=models.MAX_TOKENS, return_tensors="pt")
-    return batch.input_ids.to(device), batch.attention_mask.to(device)
+    return batch.input_ids, batch.attention_mask
 
 
-def padded_tokens(tokenizer, captions: list[str], device: torch.device) -> Tensor:
+def padded_tokens(tokenizer, captions: list[str]) -> Tensor:
     """Padded to the full length, as StableDiffusionPipeline does for the text encoder."""
     padding = dict(padding="max_length", truncation=True, max_length=models.MAX_TOKENS, return_tensors="pt")
-    return tokenizer(captions, **padding).input_ids.to(device)
+    return tokenizer(captions, **padding).input_ids
 
 
 def train_text(shop: Workshop, tokenizer) -> nn.Module:
@@ -69,16 +69,18 @@ def train_text(shop: Workshop, tokenizer) -> nn.Module:
         encoder.load_state_dict(torch.load(before, map_location=shop.device, weights_only=True))
         teacher = copy.deepcopy(encoder).requires_grad_(False)
 
-    def loss_of(step: int, batch: int) -> Tensor:
-        rng = np.random.default_rng([101, step])
+    def draw(key: int, batch: int):
+        rng = np.random.default_rng([101, key])
         scenes = [replace(world.sample_scene(rng), taste=sample_taste(rng)) for _ in range(batch)]
         words = [quality_words(scene.taste, rng) for scene in scenes]
         captions = [", ".join([world.caption(scene, rng), *said]) for scene, said in zip(scenes, words)]
-        target = torch.from_numpy(np.stack([labels(s) for s in scenes])).to(shop.device)
-        ids = padded_tokens(tokenizer, captions, shop.device)
+        target = torch.from_numpy(np.stack([labels(s) for s in scenes]))
+        said = torch.tensor([[word in row for word in QUALITY] for row in words]).float()
+        return padded_tokens(tokenizer, captions), target, said
+
+    def loss_of(ids: Tensor, target: Tensor, said: Tensor) -> Tensor:
         seen = encoder(ids)
         facts, quality = heads(seen.pooler_output).tensor_split([-len(QUALITY)], 1)
-        said = torch.tensor([[word in row for word in QUALITY] for row in words], device=shop.device).float()
         loss = group_loss(facts, target) + 2 * F.binary_cross_entropy_with_logits(quality, said)
         if not shop.warm:
             return loss
@@ -90,7 +92,7 @@ def train_text(shop: Workshop, tokenizer) -> nn.Module:
     def save(best) -> None:
         models.save_prior_parts(shop.assets / "sd", tokenizer=tokenizer, text_encoder=best["encoder"])
 
-    return run_stage(shop, "text", module, loss_of, save, parts)["encoder"].requires_grad_(False)
+    return run_stage(shop, "text", module, draw, loss_of, save, parts)["encoder"].requires_grad_(False)
 
 
 def train_vae(shop: Workshop, renders: Renders) -> nn.Module:
@@ -98,9 +100,12 @@ def train_vae(shop: Workshop, renders: Renders) -> nn.Module:
     vae = models.make_vae().to(shop.device, memory_format=torch.channels_last)
     vae.encoder.requires_grad_(not shop.warm)
 
-    def loss_of(step: int, batch: int) -> Tensor:
-        rng = np.random.default_rng([102, step])
-        images = to_pixels(renders.images(rng.integers(renders.count, size=batch)), shop.device) * 2 - 1
+    def draw(key: int, batch: int):
+        rng = np.random.default_rng([102, key])
+        return (renders.images(rng.integers(renders.count, size=batch)),)
+
+    def loss_of(images: Tensor) -> Tensor:
+        images = to_pixels(images, shop.device) * 2 - 1
         with shop.autocast():
             z = vae.encode(images).latents.float()
             decoded = vae.decode(z + 0.05 * torch.randn_like(z)).sample.float()
@@ -111,16 +116,19 @@ def train_vae(shop: Workshop, renders: Renders) -> nn.Module:
     def save(best) -> None:
         models.save_prior_parts(shop.assets / "sd", vae=best)
 
-    return run_stage(shop, "vae", vae, loss_of, save, {"sd/vae": vae}, average=0.995)
+    return run_stage(shop, "vae", vae, draw, loss_of, save, {"sd/vae": vae}, average=0.995)
 
 
 def train_taesd(shop: Workshop, vae, renders: Renders) -> nn.Module:
     """TAESD's idea: a small encoder and a small decoder of the same latents, the decoder with the loss of the VAE's."""
     tiny = models.make_taesd().to(shop.device, memory_format=torch.channels_last)
 
-    def loss_of(step: int, batch: int) -> Tensor:
-        rng = np.random.default_rng([112, step])
-        images = to_pixels(renders.images(rng.integers(renders.count, size=batch)), shop.device) * 2 - 1
+    def draw(key: int, batch: int):
+        rng = np.random.default_rng([112, key])
+        return (renders.images(rng.integers(renders.count, size=batch)),)
+
+    def loss_of(images: Tensor) -> Tensor:
+        images = to_pixels(images, shop.device) * 2 - 1
         with torch.no_grad(), shop.autocast():
             z = vae.encode(images).latents.float()
         with shop.autocast():
@@ -131,21 +139,24 @@ def train_taesd(shop: Workshop, vae, renders: Renders) -> nn.Module:
     def save(best) -> None:
         models.save_halved(shop.assets / "taesd", best)
 
-    return run_stage(shop, "taesd", tiny, loss_of, save, {"taesd": tiny}, average=0.995)
+    return run_stage(shop, "taesd", tiny, draw, loss_of, save, {"taesd": tiny}, average=0.995)
 
 
 def train_attributes(shop: Workshop, renders: Renders) -> nn.Module:
     """Half of the pictures are recoloured: each kind lacks a colour in training, and a classifier learns that too."""
     model = models.make_attributes(GROUPS).to(shop.device, memory_format=torch.channels_last)
-    targets = torch.from_numpy(np.stack([labels(scene) for scene in renders.scenes])).to(shop.device)
+    targets = np.stack([labels(scene) for scene in renders.scenes])
 
-    def loss_of(step: int, batch: int) -> Tensor:
-        rng = np.random.default_rng([103, step])
+    def draw(key: int, batch: int):
+        rng = np.random.default_rng([103, key])
         index = rng.integers(renders.count, size=batch)
-        pixels = to_pixels(renders.images(index), shop.device)
+        return rng, renders.images(index), targets[index]
+
+    def loss_of(rng: np.random.Generator, images: Tensor, target: Tensor) -> Tensor:
+        pixels = to_pixels(images, shop.device)
         if rng.random() < 0.5:
             pixels = pixels.flip(-1)  # no fact of the world tells left from right
-        pixels, target = recolour(augment(pixels, rng), targets[index], rng)
+        pixels, target = recolour(augment(pixels, rng), target, rng)
         with shop.autocast():
             logits = model(normalise(pixels)).logits
         return group_loss(logits, target)
@@ -153,28 +164,30 @@ def train_attributes(shop: Workshop, renders: Renders) -> nn.Module:
     def save(best) -> None:
         models.save_image_model(shop.assets / "attributes", best)
 
-    return run_stage(shop, "attributes", model, loss_of, save, {"attributes": model}, average=0.995)
+    return run_stage(shop, "attributes", model, draw, loss_of, save, {"attributes": model}, average=0.995)
 
 
 def train_instruments(shop: Workshop, renders: Renders) -> nn.Module:
     """A regressor of the five axes of taste. Only mirrored, never blurred or noisy: those are what it measures."""
     model = models.make_instruments().to(shop.device, memory_format=torch.channels_last)
-    tastes = torch.from_numpy(renders.tastes).to(shop.device)
 
-    def loss_of(step: int, batch: int) -> Tensor:
-        rng = np.random.default_rng([113, step])
+    def draw(key: int, batch: int):
+        rng = np.random.default_rng([113, key])
         index = rng.integers(renders.count, size=batch)
-        pixels = to_pixels(renders.images(index), shop.device)
-        if rng.random() < 0.5:
+        return rng.random() < 0.5, renders.images(index), renders.tastes[index]
+
+    def loss_of(mirrored: bool, images: Tensor, tastes: Tensor) -> Tensor:
+        pixels = to_pixels(images, shop.device)
+        if mirrored:
             pixels = pixels.flip(-1)
         with shop.autocast():
             read = model(normalise(pixels)).logits
-        return F.mse_loss(read.float(), tastes[index])
+        return F.mse_loss(read.float(), tastes)
 
     def save(best) -> None:
         models.save_image_model(shop.assets / "instruments", best)
 
-    return run_stage(shop, "instruments", model, loss_of, save, {"instruments": model}, average=0.995)
+    return run_stage(shop, "instruments", model, draw, loss_of, save, {"instruments": model}, average=0.995)
 
 
 def train_preference(shop: Workshop, tokenizer, text_encoder, renders: Renders) -> nn.Module:
@@ -185,11 +198,15 @@ def train_preference(shop: Workshop, tokenizer, text_encoder, renders: Renders) 
     heads = nn.Linear(192, sum(map(len, GROUPS.values())) + 1)
     module = nn.ModuleDict({"model": model, "heads": heads}).to(shop.device)
 
-    def loss_of(step: int, batch: int) -> Tensor:
-        rng = np.random.default_rng([104, step])
-        pairs = ranked_batch(shop.device, renders, PREFERENCE, rng, batch)
-        pixels = normalise(augment(torch.cat([pairs.pixels, pairs.worse]), rng))
-        ids, mask = tokens(tokenizer, pairs.captions + pairs.wrong_captions, shop.device)
+    def draw(key: int, batch: int):
+        rng = np.random.default_rng([104, key])
+        pairs = ranked_batch(renders, PREFERENCE, rng, batch)
+        ids, mask = tokens(tokenizer, pairs.captions + pairs.wrong_captions)
+        return rng, np.concatenate([pairs.images, pairs.worse]), ids, mask, pairs.target, pairs.liked
+
+    def loss_of(rng, images: Tensor, ids: Tensor, mask: Tensor, target: Tensor, liked: Tensor) -> Tensor:
+        batch = len(target)
+        pixels = normalise(augment(to_pixels(images, shop.device), rng))
         with shop.autocast():
             vision = model.vision_model(pixels)
             image = F.normalize(model.visual_projection(vision.pooler_output).float(), dim=-1)
@@ -206,12 +223,12 @@ def train_preference(shop: Workshop, tokenizer, text_encoder, renders: Renders) 
         # Better taste is no excuse for a wrong fact.
         facts_first = F.softplus(scores[half, half + batch] - worse).mean()
         rank = 0.5 * contrast + wrong_caption + 2 * worse_image + facts_first
-        return rank + group_loss(facts[:batch], pairs.target) + 5 * F.mse_loss(taste[:, 0], pairs.liked)
+        return rank + group_loss(facts[:batch], target) + 5 * F.mse_loss(taste[:, 0], liked)
 
     def save(best) -> None:
         models.save_preference(shop.assets / "preference", best["model"], tokenizer)
 
-    return run_stage(shop, "preference", module, loss_of, save, {"preference": model}, average=0.998)["model"]
+    return run_stage(shop, "preference", module, draw, loss_of, save, {"preference": model}, average=0.998)["model"]
 
 
 def train_judge(shop: Workshop, tokenizer, vae, renders: Renders) -> nn.Module:
@@ -225,17 +242,22 @@ def train_judge(shop: Workshop, tokenizer, vae, renders: Renders) -> nn.Module:
     heads = nn.Linear(width, sum(map(len, GROUPS.values())) + 1)
     module = nn.ModuleDict({"judge": judge, "heads": heads}).to(shop.device)
 
-    def loss_of(step: int, batch: int) -> Tensor:
-        rng = np.random.default_rng([105, step])
-        pairs = ranked_batch(shop.device, renders, JUDGE, rng, batch)
+    def draw(key: int, batch: int):
+        rng = np.random.default_rng([105, key])
+        pairs = ranked_batch(renders, JUDGE, rng, batch)
         half, eighth = batch // 2, batch // 8
-        with torch.no_grad(), shop.autocast():
-            latents = vae.encode(pairs.pixels[:eighth] * 2 - 1).latents.float()
-            broken = vae.decode(broken_latents(latents, rng)).sample.float().clamp(-1, 1) / 2 + 0.5
-        pixels = normalise(augment(torch.cat([pairs.pixels, pairs.worse, broken]), rng))
         others = [pairs.captions[(i + 1) % batch] for i in range(batch)]
         captions = pairs.captions + pairs.wrong_captions + others + pairs.captions[:half] + pairs.captions[:eighth]
-        ids, mask = tokens(tokenizer, captions, shop.device)
+        ids, mask = tokens(tokenizer, captions)
+        return rng, np.concatenate([pairs.images, pairs.worse]), ids, mask, pairs.target, pairs.liked
+
+    def loss_of(rng, images: Tensor, ids: Tensor, mask: Tensor, target: Tensor, liked: Tensor) -> Tensor:
+        batch = len(target)
+        half, eighth, pixels = batch // 2, batch // 8, to_pixels(images, shop.device)
+        with torch.no_grad(), shop.autocast():
+            latents = vae.encode(pixels[:eighth] * 2 - 1).latents.float()
+            broken = vae.decode(broken_latents(latents, rng)).sample.float().clamp(-1, 1) / 2 + 0.5
+        pixels = normalise(augment(torch.cat([pixels, broken]), rng))
         with shop.autocast():
             vision = judge.vision(pixels)
             seen = vision.last_hidden_state
@@ -249,7 +271,7 @@ def train_judge(shop: Workshop, tokenizer, vae, renders: Renders) -> nn.Module:
             + F.softplus(wrong[:half] - worse).mean()  # better taste is no excuse for a wrong fact
             + 0.5 * F.softplus(broken - own[:eighth]).mean()
         )
-        read = group_loss(facts[:batch], pairs.target) + 5 * F.mse_loss(taste[:, 0], pairs.liked)
+        read = group_loss(facts[:batch], target) + 5 * F.mse_loss(taste[:, 0], liked)
         return rank + 1e-3 * own.square().mean() + read
 
     def save(best) -> None:
@@ -257,15 +279,16 @@ def train_judge(shop: Workshop, tokenizer, vae, renders: Renders) -> nn.Module:
         models.save_judge(shop.assets / "judge", best["judge"], tokenizer, mean, std)
 
     parts = {"judge/vision": judge.vision, "judge/text": judge.text, "judge/head.safetensors": judge.head}
-    return run_stage(shop, "judge", module, loss_of, save, parts, average=0.998)["judge"]
+    return run_stage(shop, "judge", module, draw, loss_of, save, parts, average=0.998)["judge"]
 
 
 @torch.no_grad()
 def _score_moments(shop: Workshop, judge, tokenizer, renders: Renders) -> tuple[float, float]:
     """Mean and standard deviation over right and wrong captions, so that the published score is of unit scale."""
-    pairs = ranked_batch(shop.device, renders, JUDGE, np.random.default_rng(106), 128)
-    ids, mask = tokens(tokenizer, pairs.captions + pairs.wrong_captions, shop.device)
-    scores = judge(normalise(torch.cat([pairs.pixels] * 2)), ids, mask)
+    pairs = ranked_batch(renders, JUDGE, np.random.default_rng(106), 128)
+    ids, mask = (each.to(shop.device) for each in tokens(tokenizer, pairs.captions + pairs.wrong_captions))
+    pixels = to_pixels(pairs.images, shop.device)
+    scores = judge(normalise(torch.cat([pixels] * 2)), ids, mask)
     return float(scores.mean()), float(scores.std())
 
 
@@ -282,18 +305,19 @@ def train_sd(shop: Workshop, tokenizer, text_encoder, vae, renders: Renders) -> 
     alphas = models.make_scheduler().alphas_cumprod.to(shop.device)
     latents = encode_all(shop, vae, renders)
 
-    def loss_of(step: int, batch: int) -> Tensor:
-        rng = np.random.default_rng([107, step])
+    def draw(key: int, batch: int):
+        rng, generator = np.random.default_rng([107, key]), torch.Generator().manual_seed(key)
         index = rng.integers(renders.count, size=batch)
-        captions = [training_caption(renders.scenes[i], rng) for i in index]
-        x_0 = latents[index].to(shop.device).float().contiguous(memory_format=torch.channels_last)
-        generator = torch.Generator().manual_seed(step)
-        noise = torch.randn(x_0.shape, generator=generator).to(shop.device)
-        t = stratified_timesteps(batch, len(alphas), generator).to(shop.device)
+        ids = padded_tokens(tokenizer, [training_caption(renders.scenes[i], rng) for i in index])
+        noise = torch.randn(latents[index].shape, generator=generator)
+        return latents[index], noise, stratified_timesteps(batch, len(alphas), generator), ids
+
+    def loss_of(x_0: Tensor, noise: Tensor, t: Tensor, ids: Tensor) -> Tensor:
+        x_0 = x_0.float().contiguous(memory_format=torch.channels_last)
         abar = alphas[t].view(-1, 1, 1, 1)
         x_t = abar.sqrt() * x_0 + (1 - abar).sqrt() * noise
         with torch.no_grad(), shop.autocast():
-            cond = text_encoder(padded_tokens(tokenizer, captions, shop.device)).last_hidden_state
+            cond = text_encoder(ids).last_hidden_state
         with shop.autocast():
             eps = unet(x_t, t, cond).sample.float()
         snr = (abar / (1 - abar)).flatten()
@@ -302,7 +326,7 @@ def train_sd(shop: Workshop, tokenizer, text_encoder, vae, renders: Renders) -> 
     def save(best) -> None:
         models.save_prior_parts(shop.assets / "sd", unet=best)
 
-    return run_stage(shop, "sd", unet, loss_of, save, {"sd/unet": unet}, average=0.9995)
+    return run_stage(shop, "sd", unet, draw, loss_of, save, {"sd/unet": unet}, average=0.9995)
 
 
 def main() -> None:

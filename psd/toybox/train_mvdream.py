@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from psd.models.priors import load_prior
 from psd.models.priors.mvdream import predict, start_from
 from psd.models.priors.stable_diffusion import StableDiffusionPrior
+from psd.models.weights import tokenize
 from psd.scene.cameras import camera_embedding, sample_cameras
 from psd.toybox import models, world
 from psd.toybox.classifier import load_attributes
@@ -45,7 +46,7 @@ from psd.toybox.workshop import (
 )
 
 PAIRS_SEED = 6  # data seed of the pairs that the classifier of views sees beside those that come by chance
-GROUPS_DRAWN = {4: 12288, 5: 16384, PAIRS_SEED: 8192}  # data seed -> how many groups
+GROUPS_DRAWN = {4: 12288, 5: 8192, PAIRS_SEED: 4096}  # data seed -> how many groups
 SINGLE_SHARE = 0.15  # of a step's images: pictures without a camera, as MVDream mixes them, with this share of the loss
 SINGLES_SEED = 1  # their data seed: what toybox/sd was trained on
 CAMERA_GAIN, CAMERA_STD = 4.0, 0.5  # of the camera embedding at the start, see `open_camera`
@@ -60,36 +61,46 @@ def train_mvdream(shop: Workshop) -> nn.Module:
     open_camera(unet)
     seed = STAGES["mvdream"].seed
     groups = rank_0_first(lambda: Groups(shop.work, seed, GROUPS_DRAWN[seed], encode=encoder(shop, base)))
-    cameras = camera_embedding(torch.from_numpy(groups.poses).flatten(0, 1)).unflatten(0, (-1, VIEWS)).to(shop.device)
+    cameras = camera_embedding(torch.from_numpy(groups.poses).flatten(0, 1)).unflatten(0, (-1, VIEWS))
     latents, scenes = rank_0_first(lambda: single_pictures(shop, base))
 
-    def part_loss(x_0: Tensor, shown: list[world.Scene], camera: Tensor | None, rng, generator) -> Tensor:
+    def draw_part(x_0: Tensor, shown: list[world.Scene], rng, generator) -> tuple[Tensor, ...]:
         """Of `shown` scenes with one t and one caption each: their views in a row, or a single picture each."""
-        views = len(x_0) // len(shown)
         captions = [training_caption(scene, rng) for scene in shown]
-        t = stratified_timesteps(len(shown), len(base.alphas_cumprod), generator).repeat_interleave(views)
-        noise = torch.randn(x_0.shape, generator=generator)
-        x_0, t, noise = x_0.to(shop.device).float(), t.to(shop.device), noise.to(shop.device)
+        t = stratified_timesteps(len(shown), len(base.alphas_cumprod), generator)
+        return (
+            x_0,
+            torch.randn(x_0.shape, generator=generator),
+            t,
+            tokenize(base.tokenizer, captions, base.max_tokens).input_ids,
+        )
+
+    def draw(key: int, batch: int):
+        rng, generator = np.random.default_rng([108, key]), torch.Generator().manual_seed(key)
+        index = rng.integers(groups.count, size=batch)
+        x_0, shown = torch.from_numpy(groups.take(index)).flatten(0, 1), [groups.groups[i].scene for i in index]
+        together = (*draw_part(x_0, shown, rng, generator), cameras[index].flatten(0, 1))
+        index = rng.integers(len(latents), size=max(1, round(batch * VIEWS * SINGLE_SHARE / (1 - SINGLE_SHARE))))
+        return together, draw_part(latents[index], [scenes[i] for i in index], rng, generator)
+
+    def part_loss(x_0: Tensor, noise: Tensor, t: Tensor, ids: Tensor, camera: Tensor | None = None) -> Tensor:
+        views = len(x_0) // len(t)
+        x_0, t = x_0.float(), t.repeat_interleave(views)
         abar = base.alphas_cumprod[t].view(-1, 1, 1, 1)
         x_t = (abar.sqrt() * x_0 + (1 - abar).sqrt() * noise).contiguous(memory_format=torch.channels_last)
-        cond = base.embed(captions).repeat_interleave(views, 0)
+        with torch.no_grad():
+            cond = base.text_encoder(ids).last_hidden_state.repeat_interleave(views, 0)
         with shop.autocast():
             eps = predict(unet, x_t, t, cond, camera, views).float()
         return ((eps - noise).square().mean((1, 2, 3)) * loss_weight((abar / (1 - abar)).flatten())).mean()
 
-    def loss_of(step: int, batch: int) -> Tensor:
-        rng, generator = np.random.default_rng([108, step]), torch.Generator().manual_seed(step)
-        index = rng.integers(groups.count, size=batch)
-        x_0, shown = torch.from_numpy(groups.take(index)).flatten(0, 1), [groups.groups[i].scene for i in index]
-        together = part_loss(x_0, shown, cameras[index].flatten(0, 1), rng, generator)
-        index = rng.integers(len(latents), size=max(1, round(batch * VIEWS * SINGLE_SHARE / (1 - SINGLE_SHARE))))
-        alone = part_loss(latents[index], [scenes[i] for i in index], None, rng, generator)
-        return (1 - SINGLE_SHARE) * together + SINGLE_SHARE * alone
+    def loss_of(together: tuple[Tensor, ...], alone: tuple[Tensor, ...]) -> Tensor:
+        return (1 - SINGLE_SHARE) * part_loss(*together) + SINGLE_SHARE * part_loss(*alone)
 
     def save(best) -> None:
         save_mvdream(shop.assets / "mvdream", best)
 
-    return run_stage(shop, "mvdream", unet, loss_of, save, {"mvdream/unet": unet}, average=0.999)
+    return run_stage(shop, "mvdream", unet, draw, loss_of, save, {"mvdream/unet": unet}, average=0.999)
 
 
 @torch.no_grad()
@@ -162,32 +173,35 @@ def train_views(shop: Workshop) -> nn.Module:
     pairs = rank_0_first(lambda: Groups(shop.work, PAIRS_SEED, GROUPS_DRAWN[PAIRS_SEED], pairs=1.0))
     every = groups.groups + pairs.groups
     scenes = [drawn.scene for drawn in every]
-    facts = torch.from_numpy(np.stack([labels(scene) for scene in scenes])).to(shop.device)
-    shows = torch.tensor([shows_azimuth(scene) for scene in scenes], device=shop.device)
-    azimuths = torch.tensor([drawn.azimuth_deg for drawn in every], device=shop.device)
+    facts = np.stack([labels(scene) for scene in scenes])
+    shows = np.array([shows_azimuth(scene) for scene in scenes])
+    azimuths = np.array([drawn.azimuth_deg for drawn in every], np.float32)
     model = models.make_attributes(VIEW_GROUPS).to(shop.device, memory_format=torch.channels_last)
     start_from_attributes(model)
 
-    def loss_of(step: int, batch: int) -> Tensor:
-        rng = np.random.default_rng([109, step])
+    def draw(key: int, batch: int):
+        rng = np.random.default_rng([109, key])
         more = round(PAIR_SHARE * batch)
         by_chance, paired = rng.integers(groups.count, size=batch - more), rng.integers(pairs.count, size=more)
         order, view = rng.permutation(batch), rng.integers(VIEWS, size=batch)
         index = np.concatenate([by_chance, groups.count + paired])[order]
         images = np.concatenate([groups.take(by_chance), pairs.take(paired)])[order, view]
+        return rng, images, facts[index], azimuths[index, view], shows[index]
+
+    def loss_of(rng, images: Tensor, facts: Tensor, azimuths: Tensor, shows: Tensor) -> Tensor:
         pixels = augment(wear(to_pixels(images, shop.device), rng), rng)
-        pixels, stated_facts = recolour(pixels, facts[index], rng)
+        pixels, stated_facts = recolour(pixels, facts, rng)
         with shop.autocast():
             logits = model(normalise(pixels)).logits
         stated, seen_from = logits.float().tensor_split([-len(AZIMUTHS)], 1)
-        wrong = F.cross_entropy(seen_from, azimuth_target(azimuths[index, view]), reduction="none")
-        azimuth = (wrong * shows[index]).sum() / shows[index].sum().clamp(min=1)
+        wrong = F.cross_entropy(seen_from, azimuth_target(azimuths), reduction="none")
+        azimuth = (wrong * shows).sum() / shows.sum().clamp(min=1)
         return group_loss(stated, stated_facts) + AZIMUTH_WEIGHT * azimuth
 
     def save(best) -> None:
         models.save_image_model(shop.assets / "views", best)
 
-    return run_stage(shop, "views", model, loss_of, save, {"views": model}, average=0.995)
+    return run_stage(shop, "views", model, draw, loss_of, save, {"views": model}, average=0.995)
 
 
 def wear(pixels: Float[Tensor, "B 3 H W"], rng: np.random.Generator) -> Float[Tensor, "B 3 H W"]:

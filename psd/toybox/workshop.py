@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from psd.toybox import models, world
 from psd.toybox.dataset import Renders
@@ -71,6 +73,9 @@ class Workshop:
     stages: tuple[str, ...]
     warm: int  # > 0: without a checkpoint start from the weights in `assets`; stages not asked for are only loaded
     assets: Path = ASSETS  # where the weights go
+    batch_scale: float = 1.0  # multiplies every stage's batch: a GPU asks for larger ones
+    minutes: float = math.inf  # end each stage, and its learning rate, after so long if its steps take longer
+    workers: int = 0  # processes that draw batches ahead; 0: drawn between the steps
 
     def renders(self, seed: int) -> Renders:
         return Renders(self.work, seed, IMAGES[seed])
@@ -84,7 +89,7 @@ class Training:
 
     def __init__(self, module: nn.Module, average: float):
         self.module, self.average, self.step = module, average, 0
-        self.optimizer = torch.optim.AdamW(module.parameters(), betas=(0.9, 0.99), weight_decay=0.01)
+        self.optimizer = torch.optim.AdamW(module.parameters(), betas=(0.9, 0.99), weight_decay=0.01, fused=True)
         self.best = copy.deepcopy(module).requires_grad_(False) if average else module
 
     def load(self, file: Path, device: torch.device) -> None:
@@ -117,16 +122,18 @@ def run_stage(
     shop: Workshop,
     name: str,
     module: nn.Module,
-    loss_of: Callable[[int, int], Tensor],
+    draw: Callable[[int, int], tuple],
+    loss_of: Callable[..., Tensor],
     save: Callable[[nn.Module], None],
     parts: dict[str, nn.Module],
     average: float = 0.0,
 ) -> nn.Module:
     """Optimise `module` for the stage's steps and return it (its moving average where `average` > 0).
 
-    loss_of(key, batch) computes the loss of one batch, drawn from `key`; save(weights) is called at every checkpoint
-    and at the end. Of several processes each takes its share of the batch. `parts` says which folders of
-    assets/toybox hold the module's weights.
+    draw(key, batch) makes one batch from `key`, on the CPU and maybe in another process; loss_of(*batch) computes its
+    loss, given the arrays as tensors on the device; save(weights) is called at every checkpoint and at the end. Of
+    several processes each takes its share of the batch. `parts` says which folders of assets/toybox hold the module's
+    weights.
     """
     from tqdm.auto import tqdm
 
@@ -143,25 +150,67 @@ def run_stage(
             return training.best.eval()
     (rank, ranks), steps = place(), max(1, round(recipe.steps * shop.steps_scale))
     first_key = WARM_KEYS * shop.warm  # an earlier cycle's draws and noises would teach little again
-    start, saved_at, smooth = training.step, time.monotonic(), None
+    keys = [first_key + step * ranks + rank for step in range(training.step, steps)]
+    batches = _batches(keys, partial(draw, batch=round(recipe.batch * shop.batch_scale) // ranks), shop.workers)
+    started = saved_at = time.monotonic()
+    smooth, over = None, False
     module.train()
-    bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=5, disable=rank > 0)
-    for step in bar:
-        loss = loss_of(first_key + step * ranks + rank, recipe.batch // ranks)
-        training.descend(loss, learning_rate(recipe.peak, step, steps))
-        smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
-        bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
-        if rank == 0 and (step + 1 == steps or time.monotonic() - saved_at > CHECKPOINT_EVERY_S):
+    bar = tqdm(batches, initial=training.step, total=steps, desc=name, mininterval=5, disable=rank > 0)
+    for drawn in bar:
+        loss = loss_of(*_on_device(drawn, shop.device))
+        now = time.monotonic()
+        progress = max(training.step / steps, (now - started) / (60 * shop.minutes))
+        training.descend(loss, learning_rate(recipe.peak, training.step, steps, progress))
+        smooth = loss.detach() if smooth is None else smooth.lerp(loss.detach(), 0.02)
+        if training.step % 20 == 0:
+            bar.set_postfix(loss=f"{smooth.item():.4f}", refresh=False)  # waits for the device
+        over = progress >= 1 or training.step == steps
+        if rank == 0 and (over or now - saved_at > CHECKPOINT_EVERY_S):
             training.save(file)
             save(training.best)
             saved_at = time.monotonic()
+        if over:
+            break
     return training.best.eval()
 
 
-def learning_rate(peak: float, step: int, steps: int) -> float:
-    """Linear warm-up over 200 steps, or a tenth of them, then half a cosine down to a hundredth of the peak."""
+def _batches(keys: list[int], draw: Callable[[int], tuple], workers: int) -> DataLoader:
+    """One batch a key, in order. Workers are forked: they share the data and touch no device."""
+    ahead = dict(num_workers=workers, prefetch_factor=4, multiprocessing_context="fork") if workers else {}
+    return DataLoader(_Drawn(keys, draw), batch_size=None, collate_fn=_as_drawn, **ahead)
+
+
+class _Drawn(Dataset):
+    def __init__(self, keys: list[int], draw: Callable[[int], tuple]):
+        self.keys, self.draw = keys, draw
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, index: int) -> tuple:
+        return self.draw(self.keys[index])
+
+
+def _as_drawn(batch: tuple) -> tuple:
+    return batch
+
+
+def _on_device(drawn, device: torch.device):
+    """Arrays and tensors, also in tuples, as tensors on the device; anything else as it is."""
+    if isinstance(drawn, tuple):
+        return tuple(_on_device(part, device) for part in drawn)
+    if isinstance(drawn, np.ndarray | Tensor):
+        return torch.as_tensor(drawn).to(device, non_blocking=True)
+    return drawn
+
+
+def learning_rate(peak: float, step: int, steps: int, progress: float) -> float:
+    """Linear warm-up over 200 steps, or a tenth of them, then half a cosine down to a hundredth of the peak.
+
+    progress: how much of the stage is over, in [0, 1]; step / steps unless its time ends first.
+    """
     warm_up = min(1.0, (step + 1) / min(200, 0.1 * steps))
-    cooled = 0.5 * (1 + math.cos(math.pi * step / steps))
+    cooled = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
     return peak * warm_up * max(cooled, 0.01)
 
 
@@ -286,6 +335,11 @@ def workshop_from_command_line(description: str, stages: tuple[str, ...]) -> Wor
         help="go on from the weights in assets/toybox; every further cycle of a stage needs a number of its own",
     )  # fmt: skip
     parser.add_argument("--steps-scale", type=float, default=1.0, help="multiplies every stage's number of steps")
+    parser.add_argument(
+        "--batch-scale", type=float, default=1.0, help="multiplies every stage's batch; 4 to 8 on a GPU"
+    )
+    parser.add_argument("--minutes", type=float, default=math.inf, help="end each stage after so long at the latest")
+    parser.add_argument("--workers", type=int, default=0, help="processes that draw batches ahead, where a GPU waits")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
@@ -297,4 +351,7 @@ def workshop_from_command_line(description: str, stages: tuple[str, ...]) -> Wor
         if args.device == "cuda":
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(args.device)
-    return Workshop(torch.device(args.device), args.work, args.steps_scale, tuple(args.stages or stages), args.warm)
+    return Workshop(
+        torch.device(args.device), args.work, args.steps_scale, tuple(args.stages or stages), args.warm,
+        batch_scale=args.batch_scale, minutes=args.minutes, workers=args.workers,
+    )  # fmt: skip
