@@ -7,10 +7,14 @@ import pytest
 import torch
 
 from psd.export import to_bytes
+from psd.modes.pictures import painting_views
 from psd.scene import texture as textures
-from psd.scene.fields import Field
+from psd.scene.cameras import orbit_cameras
+from psd.scene.fields import ConstantBackground, Field
 from psd.scene.mesh import Mesh, extract_mesh
-from psd.scene.texture import Atlas
+from psd.scene.rig import Frame
+from psd.scene.scene import FieldScene
+from psd.scene.texture import Atlas, Views
 from tests.solids import GREY, Balls, overlapping
 
 
@@ -61,7 +65,7 @@ def test_a_chart_smaller_than_a_texel_keeps_its_colour():
     uv = np.array([[0, 1], [0.7, 1], [0, 0.3], [12.6 / 16, 3.4 / 16], [12.8 / 16, 3.4 / 16], [12.6 / 16, 3.2 / 16]])
     atlas = Atlas(uv.astype(np.float32), np.arange(6, dtype=np.int32), np.arange(6, dtype=np.int32).reshape(2, 3))
     colours = to_bytes(textures.surface_colours(field, vertices, normals, 0.03))
-    texture = textures.baked(field, 0.03, vertices, normals, colours, atlas, 16)
+    texture = textures.baked(textures.painter(field, 0.03, None), vertices, normals, colours, atlas, 16)
     assert texture[12, 12].tolist() in colours[3:].tolist()
     assert colours[3].argmax() == 2
     assert texture[0, 0].argmax() == texture[3, 3].argmax() == 0
@@ -106,3 +110,53 @@ def test_colours_come_from_what_is_seen_not_from_the_haze():
     colours = textures.surface_colours(Hazy(1.0, (0.0, 1.0)), points, directions.numpy(), 2 / 63)
     assert colours[:, 0].min() > 0.9
     assert colours[:, 1:].max() < 0.1
+
+
+def all_around(field: Field, background: tuple[float, float, float] = (0.5, 0.5, 0.5)) -> Views:
+    return painting_views(FieldScene(field, ConstantBackground(background)), Frame(), 64, samples=96)
+
+
+def test_colours_come_from_the_views_and_not_from_the_field_where_views_see():
+    """Half-clear red before a background of blue is purple in every picture, and so on the mesh."""
+
+    class Clear(Field):
+        def forward(self, x):
+            return self.density(x), torch.tensor([1.0, 0.0, 0.0]).expand(len(x), 3)
+
+        def density(self, x):
+            return 1.5 * (x.norm(dim=-1) < 0.5)
+
+    directions = torch.nn.functional.normalize(torch.randn(80, 3, generator=torch.Generator().manual_seed(0)), dim=1)
+    points, normals = (0.5 * directions).numpy(), directions.numpy()
+    field = Clear(1.0, (0.0, 1.0))
+    views = all_around(field, (0.0, 0.0, 1.0))
+    assert textures.painter(field, 0.03, None)(points, normals)[:, 2].max() < 0.01
+    seen = textures.painter(field, 0.03, views)(points, normals)
+    assert seen[:, 2].min() > 0.1
+    assert seen[:, 2].mean() > 0.25
+
+
+def test_a_view_gives_a_point_its_own_pixel():
+    """One camera in front of a picture whose red is its column and whose green is its row."""
+    camera = orbit_cameras(1, elevation_deg=0.0, fovy_deg=60.0, distance=2.0)
+    ramp = (torch.arange(32) + 0.5) / 32
+    rgb = torch.stack([ramp.expand(32, 32), ramp[:, None].expand(32, 32), torch.zeros(32, 32)])[None]
+    views = Views(camera, rgb, torch.ones(1, 1, 32, 32), torch.full((1, 1, 32, 32), 2.0))
+    edge = 2 * np.tan(np.deg2rad(30))  # of the picture, in the plane through the origin
+    # Seen from +x: +y is to the right, +z upwards. The last is too far behind, the one before looks away.
+    points = np.array([[0, 0, 0], [0, 0.5 * edge, 0], [0, 0, 0.5 * edge], [0, 0, 0], [-0.5, 0, 0]], np.float32)
+    normals = np.array([[1, 0, 0], [1, 0, 0], [1, 0, 0], [-1, 0, 0], [1, 0, 0]], np.float32)
+    total, weight = textures.seen_colours(views, torch.from_numpy(points), torch.from_numpy(normals), 0.3)
+    seen = (total[:3] / weight[:3]).numpy()
+    assert seen == pytest.approx(np.array([[0.5, 0.5, 0], [0.75, 0.5, 0], [0.5, 0.25, 0]]), abs=1e-5)
+    slanting = (2 / np.hypot(2, 0.5 * edge)) ** 2
+    assert weight[:, 0].tolist() == pytest.approx([1, slanting, slanting, 0, 0], abs=1e-6)
+
+
+def test_what_hides_a_point_does_not_paint_it():
+    """A blue ball close behind a red one is blue also on the side that most views see red before."""
+    field = Balls(((0.3, 0.0, 0.0), 0.25, (0.9, 0.1, 0.1)), ((-0.3, 0.0, 0.0), 0.25, (0.1, 0.1, 0.9)))
+    towards = np.array([[1, 0, 0], [0.8, 0.6, 0], [0.8, 0, 0.6], [0, 1, 0]], np.float32)
+    points = (np.array([-0.3, 0, 0]) + 0.25 * towards).astype(np.float32)
+    seen = textures.painter(field, 0.02, all_around(field))(points, towards)
+    assert (seen[:, 2] > seen[:, 0] + 0.2).all()

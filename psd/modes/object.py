@@ -24,7 +24,7 @@ from psd.modes import pictures
 from psd.scene.cameras import camera_embedding, sample_cameras
 from psd.scene.fields import ConstantBackground, DirectionalBackground, HashField, VoxelField, upsampled
 from psd.scene.losses import image_loss, opacity_loss, orientation_loss, solid_loss, z_variance_loss
-from psd.scene.mesh import extract_mesh
+from psd.scene.mesh import Mesh, extract_mesh
 from psd.scene.render import Occupancy, Rendering, render
 from psd.scene.rig import Frame
 from psd.scene.scene import FieldScene
@@ -226,11 +226,13 @@ class ObjectStage:
         return views, [self.config.prompt] * len(views)
 
     def artefacts(self, arm: str) -> Iterator[Artefact]:
-        field = self.sculptures[arm].field
-        return pictures.artefacts_of(
-            self.sculptures[arm].scene, self.frame, self.config.samples,
-            mesh=lambda: extract_mesh(field, target_faces=self.config.mesh_faces),
-        )  # fmt: skip
+        scene, samples, size = self.sculptures[arm].scene, self.config.samples, 2 * self.models.prior.image_size
+
+        def mesh() -> Mesh:
+            views = pictures.painting_views(scene, self.frame, size, samples)
+            return extract_mesh(scene.field, target_faces=self.config.mesh_faces, views=views)
+
+        return pictures.artefacts_of(scene, self.frame, samples, mesh)
 
     def _resized(self, images: Float[Tensor, "V 3 h w"]) -> Float[Tensor, "V 3 H W"]:
         side = self.models.prior.image_size

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -18,9 +19,11 @@ from psd.scene.files import export_glb, export_obj_zip, export_ply
 from psd.scene.mesh import Mesh
 from psd.scene.rig import Frame
 from psd.scene.scene import Scene
+from psd.scene.texture import Views
 from psd.scene.turntable import depth_picture, export_turntable, normal_picture, turntable_frames
 
 SCORED_VIEWS, SHEET_VIEWS = 12, 4
+PAINTING_RINGS = ((15.0, 8), (40.0, 4), (-40.0, 4))  # elevation in degrees, views: what a mesh's colours are taken from
 FRONT_PX, SHEET_PX, TURNTABLE_PX = 256, 192, 160
 TURNTABLE_FRAMES, FPS = 48, 16
 FRONT_AZIMUTH_DEG = 30.0  # of the still picture: a little from the side says more than straight from the front
@@ -34,6 +37,17 @@ def around(frame: Frame, count: int, azimuth_deg: float = 0.0) -> Cameras:
 def scored_views(scene: Scene, frame: Frame, size: int, samples: int) -> Float[Tensor, "12 3 H W"]:
     """A scene from all around, as it is scored; in [0, 1]."""
     return scene.render(around(frame, SCORED_VIEWS), size, samples=samples).rgb.clamp(0, 1)
+
+
+def painting_views(scene: Scene, frame: Frame, size: int, samples: int) -> Views:
+    """A scene from around, above and below."""
+    rings = [
+        orbit_cameras(count, azimuth_start_deg=FRONT_AZIMUTH_DEG, **frame.portrait | {"elevation_deg": elevation_deg})
+        for elevation_deg, count in PAINTING_RINGS
+    ]
+    seen = [scene.render(cameras, size, samples=samples) for cameras in rings]
+    rgb, opacity, depth = (torch.cat([getattr(ring, name) for ring in seen]) for name in ("rgb", "opacity", "depth"))
+    return Views(Cameras.joined(rings), rgb.clamp(0, 1), opacity, depth)
 
 
 def artefacts_of(scene: Scene, frame: Frame, samples: int, mesh: Callable[[], Mesh]) -> Iterator[Artefact]:

@@ -8,7 +8,7 @@ pixels, principal point in the middle; fovy is the vertical field of view.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from jaxtyping import Float
@@ -37,6 +37,11 @@ class Cameras:
     ) -> Cameras:
         """Cameras that look at the origin."""
         return cls(look_at(azimuth_deg, elevation_deg, distance), fovy_deg, elevation_deg, azimuth_deg, distance)
+
+    @classmethod
+    def joined(cls, parts: list[Cameras]) -> Cameras:
+        """All cameras of several batches."""
+        return cls(*(torch.cat([getattr(part, each.name) for part in parts]) for each in fields(cls)))
 
     def __len__(self) -> int:
         return len(self.c2w)

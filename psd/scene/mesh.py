@@ -18,7 +18,7 @@ from jaxtyping import Float32, Int, Int32, UInt8
 from psd.errors import RequestError
 from psd.export import to_bytes
 from psd.scene.fields import Field
-from psd.scene.texture import CHUNK, Atlas, baked, surface_colours, unwrapped
+from psd.scene.texture import CHUNK, Atlas, Views, baked, painter, unwrapped
 
 SLACK = 0.01  # of the object's outline: what a mesh's silhouette may be worse than the best level's
 MIN_PART = 0.03  # surface of a part that is kept, relative to the largest one: an object beside another, no floaters
@@ -49,12 +49,14 @@ def extract_mesh(
     threshold: float | str = "auto",
     target_faces: int = 20_000,
     texture_px: int = 1024,
+    views: Views | None = None,
 ) -> Mesh:
     """The surface of a field's density with the colours that a render of it shows.
 
     resolution    grid points along each side of the box
     threshold     density of the surface, or "auto": `silhouette_threshold`
     target_faces  more are decimated
+    views         renders that its colours are taken from, where they see it; None: all along the normals
 
     Raises EmptyScene where no surface is found, and ValueError on a threshold that is no positive number.
     """
@@ -67,11 +69,12 @@ def extract_mesh(
     vertices, faces = main_parts(*isosurface(density, level, field.radius))
     vertices, faces = decimated(vertices, faces, target_faces)
     normals = vertex_normals(vertices, faces)
-    rgb = surface_colours(field, vertices, normals, cell)
+    paint = painter(field, cell, views)
+    rgb = paint(vertices, normals)
     check_finite("colour", rgb)
     colours = to_bytes(rgb)
     atlas = unwrapped(vertices, faces, texture_px)
-    texture = baked(field, cell, vertices, normals, colours, atlas, texture_px)
+    texture = baked(paint, vertices, normals, colours, atlas, texture_px)
     reason = open_because(faces)
     report = dict(faces=len(faces), vertices=len(vertices), watertight=not reason, reason=reason, threshold=level)
     return Mesh(vertices, faces, normals, colours, atlas, texture, report)

@@ -1,22 +1,28 @@
-"""The colours of a mesh: those of its field as they are seen along the inward normals, unwrapped and baked.
+"""The colours of a mesh: those that renders of its field show, and where none looks those along the normals; baked.
 
 sRGB, with the light that the field holds.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Float32, Int, Int32, UInt8
+from torch import Tensor
 
 from psd.export import to_bytes
+from psd.scene.cameras import Cameras
 from psd.scene.fields import Field
 
 CHUNK = 2**17  # points per call of the field: what bounds the memory of a hash grid
 COLOUR_STEPS = range(-2, 6)  # grid cells below a surface point that its colour is gathered from
 SLANT = 2.0  # mean of 1 / cos over the directions that see a surface, each weighted by cos, the size it is seen at
+BEHIND = 0.1  # of the box's half-width: a point this far behind what a view shows is hidden from it
+SEEN = 0.1  # weight of the colour along the normal beside the views' cos^2: what counts where hardly one looks
 PIECE_FACES = 1250  # of the surface that are unwrapped together
 PADDING_PX = 4  # between charts of the atlas: two texels of each survive in the second mipmap
 
@@ -31,6 +37,60 @@ class Atlas(NamedTuple):
     uv: Float32[np.ndarray, "U 2"]
     vertices: Int32[np.ndarray, " U"]
     faces: Int32[np.ndarray, "F 3"]
+
+
+Paint = Callable[[Float32[np.ndarray, "N 3"], Float32[np.ndarray, "N 3"]], Float32[np.ndarray, "N 3"]]  # of normals
+
+
+class Views(NamedTuple):
+    """Renders of a field from all around, which a mesh of it is painted from."""
+
+    cameras: Cameras
+    rgb: Float[Tensor, "V 3 S S"]  # with the background that shines through: it is what is seen
+    opacity: Float[Tensor, "V 1 S S"]
+    depth: Float[Tensor, "V 1 S S"]  # sum w t, as a Rendering's
+
+
+def painter(field: Field, cell: float, views: Views | None) -> Paint:
+    """Colours of surface points, given their normals: those of the views that see a point, else along its normal.
+
+    A soft field lets its background through, and the more the more slanting it is seen: what is seen is in the renders
+    alone. A view counts with cos^2 of the angle that it sees the surface at, times the square of its opacity there.
+    """
+
+    def paint(points: Float32[np.ndarray, "N 3"], normals: Float32[np.ndarray, "N 3"]) -> Float32[np.ndarray, "N 3"]:
+        below = surface_colours(field, points, normals, cell)
+        if views is None:
+            return below
+        seen, weight = seen_colours(views, torch.from_numpy(points), torch.from_numpy(normals), BEHIND * field.radius)
+        return ((seen.numpy() + SEEN * below) / (weight.numpy() + SEEN)).astype(np.float32)
+
+    return paint
+
+
+@torch.no_grad()
+def seen_colours(
+    views: Views, points: Float[Tensor, "N 3"], normals: Float[Tensor, "N 3"], behind: float
+) -> tuple[Float[Tensor, "N 3"], Float[Tensor, "N 1"]]:
+    """sum w c and sum w over the views, on the CPU; a point `behind` what a view shows has w = 0 there."""
+    device = views.rgb.device
+    points, normals = points.to(device), normals.to(device)
+    total, weight = torch.zeros_like(points), torch.zeros_like(points[:, :1])
+    for c2w, fovy_deg, *pictures in zip(views.cameras.c2w, views.cameras.fovy_deg, *views[1:]):
+        right, up, back, position = c2w[:3].to(device).unbind(-1)
+        towards = position - points
+        distance = towards.norm(dim=-1)
+        focal = 1 / torch.tan(torch.deg2rad(fovy_deg) / 2).to(device)
+        x, y = (focal * (towards @ axis) / (towards @ back) for axis in (-right, up))
+        place = torch.stack([x, y], -1)[None, None]
+        read = F.grid_sample(torch.cat(pictures)[None], place, padding_mode="border", align_corners=False)[0, :, 0]
+        rgb, opacity, depth = read.split([3, 1, 1])
+        cosine = ((towards * normals).sum(-1) / distance).clamp(min=0)
+        shown = (distance < depth / opacity.clamp(min=1e-6) + behind) & (place.abs() < 1).all(-1)[0]
+        w = (cosine * opacity).square() * shown
+        total += (w * rgb).T
+        weight += w.T
+    return total.cpu(), weight.cpu()
 
 
 def surface_colours(
@@ -91,15 +151,14 @@ def pieces_of(centres: Float32[np.ndarray, "F 3"], index: Int[np.ndarray, " N"])
 
 
 def baked(
-    field: Field,
-    cell: float,
+    paint: Paint,
     vertices: Float32[np.ndarray, "V 3"],
     normals: Float32[np.ndarray, "V 3"],
     colours: UInt8[np.ndarray, "V 3"],
     atlas: Atlas,
     texture_px: int,
 ) -> UInt8[np.ndarray, "{texture_px} {texture_px} 3"]:
-    """The texture: `surface_colours` at every texel whose centre is in a triangle, elsewhere the nearest texel's.
+    """The texture: `paint` at every texel whose centre is in a triangle, elsewhere the nearest texel's.
 
     So neither bilinear lookups nor mipmaps mix in a colour that is not the surface's. Under a corner whose texel's
     centre no triangle has, the texel takes the vertex's colour: a chart may be smaller than a texel.
@@ -116,7 +175,7 @@ def baked(
     column, row = corners.astype(np.int64).clip(0, texture_px - 1).T
     under = row * texture_px + column
     texture[under], blank[under] = colours[atlas.vertices], False
-    texture[texel], blank[texel] = to_bytes(surface_colours(field, points, towards, cell)), False
+    texture[texel], blank[texel] = to_bytes(paint(points, towards)), False
     square = (texture_px, texture_px)
     row, column = distance_transform_edt(blank.reshape(square), return_distances=False, return_indices=True)
     return texture.reshape(*square, 3)[row, column]
