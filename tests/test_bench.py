@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from psd.bench import __main__ as bench_main
-from psd.bench import gpu, image, paired, scene
+from psd.bench import gpu, image, paired, scene, transfer
 from psd.config import RunConfig
 from psd.events import Preview
 from psd.run import generate
@@ -70,6 +70,13 @@ def test_the_table_states_paired_differences():
     assert lines[0] == "| arm | reward | seconds |"
     assert lines[2].startswith("| plain | 2.0 [") and lines[2].endswith("| 1 |") and "<br>" not in lines[2]
     assert "<br>+1.0 [+1.0, +1.0] (+1.00 sd, p = " in lines[3]
+
+
+def test_a_row_may_differ_from_another_than_the_first():
+    found = {name: {"x": np.full((4, 1), value)} for name, value in (("a", 1.0), ("b", 5.0), ("b learned", 7.0))}
+    _, _, *rows = paired.table(found, {"x": paired.Column("x", 0)}, {}, {"b learned": "b"}).splitlines()
+    assert ["<br>" in row for row in rows] == [False, False, True]
+    assert "<br>+2 [+2, +2]" in rows[2]
 
 
 def test_the_p_value_by_hand():
@@ -163,6 +170,23 @@ def test_a_run_that_breaks_down_is_no_row_of_a_table(monkeypatch, bench, stage):
     config = RunConfig.from_preset(bench.PRESET, steps=4)
     with pytest.raises(RuntimeError, match=r"Stopped at step \d: the scene filled with fog\."):
         bench.make(config, "cpu", [(CHAIR, 0)])
+
+
+def test_a_learned_n_is_used_by_both_priors_on_the_same_noise(monkeypatch):
+    """Its samples differ from those under the n it began with, and not at all where it has learned nothing."""
+    monkeypatch.setattr(transfer, "STEPS", 3)
+    made = {}
+    for rate in (0.0, 0.03):
+        config = RunConfig.from_preset(transfer.PRESET, steps=6, negative_lr=rate, arms="with")
+        (made[rate],) = transfer.make(config, "cpu", [(CHAIR, 0)])
+    assert {learned.replace("learned", "of the negative prompt") for learned in transfer.AGAINST} == set(
+        transfer.AGAINST.values()
+    )
+    for learned, before in transfer.AGAINST.items():
+        assert made[0.03][learned].shape == (4, 3, 128, 128)
+        assert (made[0.0][learned] - made[0.0][before]).abs().max() < 1e-5
+        assert torch.equal(made[0.0][before], made[0.03][before])
+        assert (made[0.03][learned] - made[0.03][before]).abs().max() > 0.02
 
 
 def test_the_world_s_own_object_is_what_the_prior_s_views_look_like():

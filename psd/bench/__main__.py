@@ -1,5 +1,6 @@
 """Does it work, and how fast? `python -m psd.bench image` and `scene`: held-out prompts x seeds over every arm.
 
+`python -m psd.bench transfer`: what a learned n does to samples that nobody optimises.
 `python -m psd.bench gpu`: speed and memory of the published architectures.
 """
 
@@ -13,13 +14,13 @@ from pathlib import Path
 
 import torch
 
-from psd.bench import gpu, image, scene
+from psd.bench import gpu, image, scene, transfer
 from psd.bench.paired import contact_sheet, measure, run_batch, table
 from psd.config import RunConfig
 from psd.toybox import world
 from psd.toybox.dataset import TABLE_SEED, heldout_scenes
 
-TABLES = {"image": image, "scene": scene}
+TABLES = {"image": image, "scene": scene, "transfer": transfer}
 
 
 def main() -> None:
@@ -84,7 +85,7 @@ def write_table(bench, args: argparse.Namespace) -> None:
     output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     page = contact_sheet(pictures, scenes, bench.SHEET_COLUMNS, bench.SHOWN_EVERY)
     page.save(output.with_suffix(".png"), optimize=True)
-    print(table(found, bench.COLUMNS, extra))
+    print(table(found, bench.COLUMNS, extra, getattr(bench, "AGAINST", None)))
 
 
 if __name__ == "__main__":

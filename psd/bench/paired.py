@@ -188,17 +188,23 @@ def change(values: Float[np.ndarray, "P S"], plain: Float[np.ndarray, "P S"], di
     return f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}] ({', '.join(sizes)})"
 
 
-def table(found: Found, columns: dict[str, Column], extra: dict[str, dict[str, str]]) -> str:
-    """Markdown: means with intervals, paired differences to the first row, then `extra` (column -> row -> cell)."""
-    titles, plain = ["arm", *(column.title for column in columns.values()), *extra], next(iter(found))
+def table(
+    found: Found, columns: dict[str, Column], extra: dict[str, dict[str, str]], against: dict[str, str] | None = None
+) -> str:
+    """Markdown: means with intervals, paired differences, then `extra` (column -> row -> cell).
+
+    `against`: row -> the row that it differs from; None: all from the first.
+    """
+    titles, first = ["arm", *(column.title for column in columns.values()), *extra], next(iter(found))
+    against = dict.fromkeys(list(found)[1:], first) if against is None else against
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for arm, values in found.items():
         cells = []
         for name, (_, digits) in columns.items():
             mean, low, high = interval(values[name])
             cell = f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-            if arm != plain:
-                cell += f"<br>{change(values[name], found[plain][name], digits)}"
+            if arm in against:
+                cell += f"<br>{change(values[name], found[against[arm]][name], digits)}"
             cells.append(cell)
         cells += [cell_of.get(arm, "") for cell_of in extra.values()]
         lines.append(f"| {arm} | {' | '.join(cells)} |")

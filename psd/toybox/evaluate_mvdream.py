@@ -25,6 +25,7 @@ from psd.toybox import world
 from psd.toybox.classifier import AttributeClassifier, load_attributes
 from psd.toybox.evaluate import HELDOUT_SEED, facts_shares
 from psd.toybox.facts import check_facts, read_facts
+from psd.toybox.instruments import load_instruments
 from psd.toybox.models import make_scheduler
 from psd.toybox.pairs import to_pixels
 from psd.toybox.pictures import sheet
@@ -45,9 +46,15 @@ def four_sides(groups: int) -> Cameras:
 
 @torch.no_grad()
 def sample_views(
-    prior: MVDreamPrior, captions: list[str], cameras: Cameras, gamma: float, steps: int = 30, batch: int = 8
+    prior: MVDreamPrior,
+    captions: list[str],
+    cameras: Cameras,
+    gamma: float,
+    steps: int = 30,
+    batch: int = 8,
+    negative: Float[Tensor, "L D"] | None = None,
 ) -> Float[Tensor, "G V 3 H W"]:
-    """Images in [0, 1] by deterministic DDIM under CFG against the empty prompt; one seed per caption."""
+    """Images in [0, 1] by deterministic DDIM under CFG against `negative`, or the empty prompt; a seed per caption."""
     from tqdm.auto import tqdm
 
     scheduler, views, images = make_scheduler(), prior.views, []
@@ -59,10 +66,13 @@ def sample_views(
             for i in range(len(part))
         ]
         x = torch.cat(noises).to(prior.device)
-        prompt, empty = (prior.embed(texts).repeat_interleave(views, 0) for texts in (part, [""] * len(part)))
+        prompt, empty = prior.embed(part).repeat_interleave(views, 0), negative
+        if negative is None:
+            (empty,) = prior.embed([""])
+        against = empty.to(prior.device).expand(len(x), -1, -1)
         camera = camera_embedding(cameras[slice(start * views, start * views + len(x))].c2w).to(prior.device)
         for t in scheduler.timesteps:
-            eps_y, eps_n = prior.eps(x, t, prompt, camera), prior.eps(x, t, empty, camera)
+            eps_y, eps_n = prior.eps(x, t, prompt, camera), prior.eps(x, t, against, camera)
             x = scheduler.step(cfg(eps_y, eps_n, gamma), t, x).prev_sample
         images.append(prior.decode(x).unflatten(0, (-1, views)))
     return torch.cat(images)
@@ -99,6 +109,17 @@ def measure_views(
     }
 
 
+@torch.no_grad()
+def tastes_agree(images: Float[Tensor, "G V 3 H W"]) -> dict[str, float]:
+    """Of each axis of taste: its standard deviation between the views of a group, by that between the groups."""
+    instruments = load_instruments(str(images.device))
+    read = torch.cat([instruments(part) for part in images.flatten(0, 1).split(128)]).unflatten(0, images.shape[:2])
+    within, between = read.var(1).mean(0).sqrt(), read.mean(1).std(0)
+    return {
+        f"{axis}, spread in a group by that between": float(s) for axis, s in zip(instruments.axes, within / between)
+    }
+
+
 def wrapped(angle_deg: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """|angle| on the circle, in [0, 180]."""
     return ((angle_deg + 180) % 360 - 180).abs()
@@ -109,7 +130,8 @@ def real_views(classifier: AttributeClassifier, renders: Groups) -> dict[str, fl
     images = renders.take(np.arange(renders.count))
     pixels = to_pixels(images.reshape(-1, *images.shape[2:]), classifier.device).unflatten(0, (-1, VIEWS))
     azimuths = torch.tensor([drawn.azimuth_deg for drawn in renders.groups])
-    return measure_views(classifier, pixels, [drawn.scene for drawn in renders.groups], azimuths)
+    scenes = [drawn.scene for drawn in renders.groups]
+    return measure_views(classifier, pixels, scenes, azimuths) | tastes_agree(pixels)
 
 
 def main() -> None:
@@ -133,7 +155,7 @@ def main() -> None:
         images = sample_views(prior, captions, cameras, gamma)
         measured[f"gamma {gamma:g}"] = measure_views(
             classifier, images, scenes, cameras.azimuth_deg.unflatten(0, (-1, VIEWS))
-        )
+        ) | tastes_agree(images)
         rows = [np.concatenate([to_uint8(view) for view in group], 1) for group in images[:SHOWN]]
         sheet(rows, captions[:SHOWN], 3).save(args.work / f"mvdream-gamma-{gamma:g}.png")
     print(f"{'':40s}", *(f"{name:>10s}" for name in measured))
