@@ -22,7 +22,7 @@ LAYERS = [
     {"psd.scene", "psd.schedule", "psd.events", "psd.embedding"},
     {"psd.contracts"},
     {"psd.methods", "psd.models", "psd.score", "psd.distil"},
-    {"psd.safety", "psd.record", "psd.modes"},
+    {"psd.safety", "psd.record", "psd.modes", "psd.budget"},
     {"psd.run"},
     {"psd.ui", "psd.__main__", "psd.toybox"},
     {"psd.bench"},

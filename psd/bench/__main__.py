@@ -1,6 +1,7 @@
 """Does it work, and how fast? `python -m psd.bench image` and `scene`: held-out prompts x seeds over every arm.
 
 `python -m psd.bench transfer`: what a learned n does to samples that nobody optimises.
+`python -m psd.bench speed`: what a step takes beside its networks.
 `python -m psd.bench gpu`: speed and memory of the published architectures.
 """
 
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from psd.bench import gpu, image, scene, transfer
+from psd.bench import gpu, image, scene, speed, transfer
 from psd.bench.paired import contact_sheet, measure, run_batch, table
 from psd.config import RunConfig
 from psd.toybox import world
@@ -31,8 +32,13 @@ def main() -> None:
     for name, bench in TABLES.items():
         add_table_flags(modes.add_parser(name, parents=[device], help=bench.__doc__), bench)
     add_gpu_flags(modes.add_parser("gpu", parents=[device], help=gpu.__doc__.splitlines()[0]))
+    of_speed = modes.add_parser("speed", parents=[device], help=speed.__doc__.splitlines()[0])
+    of_speed.add_argument("--modes", nargs="+", choices=list(speed.PRESETS), default=list(speed.PRESETS))
     args = parser.parse_args()
-    if args.mode == "gpu":
+    if args.mode == "speed":
+        for line in speed.report(args.device, args.modes):
+            print(line, flush=True)
+    elif args.mode == "gpu":
         for line in gpu.report(args.device, args.tiny, args.steps, args.modes, args.profile):
             print(line, flush=True)
     else:

@@ -21,10 +21,11 @@ from statistics import median
 
 import torch
 
+from psd.budget import passes_of
 from psd.config import FIELDS, FINER_FROM, MODES, RunConfig, arm_names, arms_of
 from psd.distil import distil
 from psd.errors import RequestError
-from psd.methods import METHODS
+from psd.methods import Passes
 from psd.models.priors import load_prior
 from psd.models.priors.table import prior_info
 from psd.record import KINDS, scores_of
@@ -38,11 +39,13 @@ WARM_STEPS, WARM_S = 4, 2.0  # at least, in the warm-up; steps of an object go i
 MAX_GPU_S = 120  # asked of ZeroGPU for one run at most; visitors have minutes a day
 LOAD_S = {"toybox": 1.0, "published": 20.0}
 
-# Work, in milliseconds of one core of 2024 on the toybox's models; only the ratios count. Of one arm and step:
-PLAIN = {"image": 34.0, "3d": 130.0}  # eps under two conditions; in 3D of 4 views, with encoder and its gradient
-RANKED = {"image": 41.0, "3d": 175.0}  # a second noise, both decoded and scored
-LEARNED = {"image": 65.0, "3d": 190.0}  # the gradient of n through UNet, decoder and reward
-REBUILT = 28.0  # lambda_rgb: the guided x0-hat decoded
+# Work, in milliseconds of one core of 2024 on the toybox's models; only the ratios count. Of a row of each network:
+ROW = {
+    "image": Passes(unet=12.5, unet_grad=40, decode=5.0, decode_grad=12.5, reward=3.5, reward_grad=12.5),
+    "3d": Passes(unet=12.5, unet_grad=28, encode_grad=7.5, decode=6.0, decode_grad=10, reward=3.5, reward_grad=9.5),
+}
+VIEWS = {"image": 1, "3d": 4}
+STEP = {"image": 9.0, "3d": 0.0}  # of an arm, whatever it asks
 MEASURED = {"image": 12.0, "3d": 38.0}  # a reward for the curves, and a preview
 GRID, RENDER, HASHED = 12.0, 8.0, 340.0  # a voxel grid of 48, renders of 40 px; the hash grid at 24 samples a ray
 PIXELS_POWER = 0.83  # four times the pixels take 3.1 times as long
@@ -106,12 +109,9 @@ def work_of(config: RunConfig) -> float:
 
 
 def guided_work(arm: RunConfig) -> float:
-    """Of an arm's method on the models: what it does every k-th step counts a k-th."""
-    info, mode = METHODS[arm.method], arm.mode
-    ranked = RANKED[mode] / arm.pref_interval if info.ranks else 0.0
-    learns = arm.negative_lr > 0 and arm.method != "sds"
-    learned = LEARNED[mode] / (arm.pref_interval * arm.negative_interval) if learns else 0.0
-    return PLAIN[mode] + ranked + learned + (REBUILT if arm.lambda_rgb and mode == "3d" else 0.0)
+    """Of an arm's method on the models."""
+    rows = sum(count * cost for count, cost in zip(passes_of(arm), ROW[arm.mode]))
+    return STEP[arm.mode] + VIEWS[arm.mode] * rows
 
 
 def scene_work(arm: RunConfig) -> float:
