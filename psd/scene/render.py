@@ -67,6 +67,13 @@ class Occupancy:
         self.cells = torch.ones_like(self.density, dtype=torch.bool)
         self.bounds = self._bounds()
 
+    @functools.cached_property
+    def estimator(self) -> nerfacc.OccGridEstimator:
+        """nerfacc's own grid over the same box, for its march."""
+        r = self.radius
+        grid = nerfacc.OccGridEstimator([-r, -r, -r, r, r, r], resolution=self.resolution)
+        return grid.to(self.density.device)
+
     @torch.no_grad()
     def update(self, field: Field, generator: torch.Generator) -> None:
         """Look at the field anew; every ten steps or so is enough."""
@@ -191,9 +198,7 @@ def march_packed(
     Left out are samples of alpha < 0.01 and those behind T < 1e-4, after a look at the density alone. nerfacc's own
     `stratified` draws from the global generator: instead each ray starts `offset` steps on.
     """
-    r, n = occupancy.radius, occupancy.resolution
-    step = 2 * 3**0.5 * r / STEPS
-    grid = nerfacc.OccGridEstimator([-r, -r, -r, r, r, r], resolution=n).to(origins.device)
+    step, grid = 2 * 3**0.5 * occupancy.radius / STEPS, occupancy.estimator
     grid.binaries, grid.occs = occupancy.cells[None], occupancy.density.flatten() * step
 
     def density(starts: Tensor, ends: Tensor, ray: Tensor) -> Tensor:
@@ -230,14 +235,14 @@ def accumulate(
     What they are is said at `Rendering`.
     """
     weights, t = march.weights(density), march.t[:, None]
-    values = [rgb, torch.ones_like(t), t] + ([] if normals is None else [normals])
+    about = t.mean() if len(t) else 0.0  # squares of distances from here lose no digits
+    values = [rgb, torch.ones_like(t), t, (t - about) ** 2] + ([] if normals is None else [normals])
     # One sum over all columns: its backward is half that of a sum for each.
     sums = nerfacc.accumulate_along_rays(weights, torch.cat(values, 1), march.ray, rays)
-    opacity, depth = sums[:, 3:4], sums[:, 4:5]
+    opacity, depth, squares = sums[:, 3:6].split(1, 1)
     norm = opacity.clamp(min=1e-5)
-    off_mean = t - (depth / norm).index_select(0, march.ray)
-    z_variance = nerfacc.accumulate_along_rays(weights, off_mean**2, march.ray, rays) / norm * (opacity > 0.5)
-    normal = F.normalize(sums[:, 5:], dim=1)
+    z_variance = (squares / norm - ((depth - about * opacity) / norm) ** 2).clamp(min=0) * (opacity > 0.5)
+    normal = F.normalize(sums[:, 6:], dim=1)
     return torch.cat([sums[:, :5], z_variance, normal], 1), weights
 
 
