@@ -169,7 +169,7 @@ def test_a_run_that_breaks_down_is_no_row_of_a_table(monkeypatch, bench, stage):
     monkeypatch.setattr(stage, "apply", lambda *_: "the scene filled with fog.")
     config = RunConfig.from_preset(bench.PRESET, steps=4)
     with pytest.raises(RuntimeError, match=r"Stopped at step \d: the scene filled with fog\."):
-        bench.make(config, "cpu", [(CHAIR, 0)])
+        bench.make(bench.ROWS, config, "cpu", [(CHAIR, 0)])
 
 
 def test_a_learned_n_is_used_by_both_priors_on_the_same_noise(monkeypatch):
@@ -178,7 +178,7 @@ def test_a_learned_n_is_used_by_both_priors_on_the_same_noise(monkeypatch):
     made = {}
     for rate in (0.0, 0.03):
         config = RunConfig.from_preset(transfer.PRESET, steps=6, negative_lr=rate, arms="with")
-        (made[rate],) = transfer.make(config, "cpu", [(CHAIR, 0)])
+        (made[rate],) = transfer.make(transfer.ROWS, config, "cpu", [(CHAIR, 0)])
     assert {learned.replace("learned", "of the negative prompt") for learned in transfer.AGAINST} == set(
         transfer.AGAINST.values()
     )
@@ -200,6 +200,14 @@ def test_the_world_s_own_object_is_what_the_prior_s_views_look_like():
     original = torch.from_numpy(draw_group(90, index, heldout=True)).permute(0, 3, 1, 2) / 255
     # Another instance of it: the same but for 4 % of its measures. Seen from 10 degrees beside it would be 0.015.
     assert (views - original).abs().mean() < 0.014
+
+
+def test_settings_to_try_are_read_by_their_type():
+    settings = bench_main.settings_of("gamma=3,pref_interval=2,pref_form=paper,negative_lr=1e-2")
+    assert settings == dict(gamma=3.0, pref_interval=2, pref_form="paper", negative_lr=0.01)
+    assert isinstance(settings["gamma"], float)
+    with pytest.raises(ValueError, match="gama is no setting"):
+        bench_main.settings_of("gama=3")
 
 
 @pytest.mark.parametrize(("platform", "peak"), [("linux", 512_000), ("darwin", 512_000_000)])

@@ -12,12 +12,13 @@ import json
 import os
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from psd.bench import gpu, image, scene, speed, transfer
 from psd.bench.paired import contact_sheet, measure, run_batch, table
-from psd.config import RunConfig
+from psd.config import FIELDS, RunConfig
 from psd.toybox import world
 from psd.toybox.dataset import TABLE_SEED, heldout_scenes
 
@@ -53,6 +54,10 @@ def add_table_flags(parser: argparse.ArgumentParser, bench) -> None:
     parser.add_argument("--steps", type=int, default=None, help="instead of the preset's")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes, on a CPU")
     parser.add_argument("--output", type=Path, default=None, help="values; pictures of all runs beside it")
+    parser.add_argument(
+        "--try", dest="tried", nargs="+", default=[], metavar="SETTINGS",
+        help="instead of the table's rows: the first, and full PSD with each of these, as in gamma=3,pref_weight=0.6",
+    )  # fmt: skip
     parser.add_argument("--again", action="store_true", help="judge the pictures of --output's earlier run again")
 
 
@@ -73,11 +78,15 @@ def write_table(bench, args: argparse.Namespace) -> None:
         earlier = json.loads(output.read_text(encoding="utf-8"))
         config, extra = RunConfig.from_dict(earlier["config"]), earlier["costs"]
         args.prompts, args.seeds, args.prompts_seed = len(earlier["prompts"]), earlier["seeds"], earlier["prompts_seed"]
+    elif args.tried:
+        extra = {}
     else:
         extra = bench.costs(config, args.device)  # before the workers: alone on the machine
     scenes = heldout_scenes(args.prompts, args.prompts_seed)
     workers = args.workers if args.device == "cpu" else 1
-    run = partial(run_batch, bench.make, bench.seen_in, config, args.device, pictures, args.again)
+    rows = {tried: ("with", settings_of(tried)) for tried in args.tried}
+    rows = dict(list(bench.ROWS.items())[:1]) | rows if rows else bench.ROWS
+    run = partial(run_batch, partial(bench.make, rows), bench.seen_in, config, args.device, pictures, args.again)
     found = measure(run, scenes, args.seeds, bench.BATCH, workers)
     values = {arm: {name: v.tolist() for name, v in columns.items()} for arm, columns in found.items()}
     record = {
@@ -92,6 +101,16 @@ def write_table(bench, args: argparse.Namespace) -> None:
     page = contact_sheet(pictures, scenes, bench.SHEET_COLUMNS, bench.SHOWN_EVERY)
     page.save(output.with_suffix(".png"), optimize=True)
     print(table(found, bench.COLUMNS, extra, getattr(bench, "AGAINST", None)))
+
+
+def settings_of(text: str) -> dict[str, Any]:
+    """{"gamma": 3.0, "pref_weight": 0.6} of "gamma=3,pref_weight=0.6". Raises ValueError on what is no setting."""
+    settings = {}
+    for name, value in (part.split("=", 1) for part in text.split(",") if part):
+        if name not in FIELDS:
+            raise ValueError(f"{name} is no setting")
+        settings[name] = type(FIELDS[name].default)(value)
+    return settings
 
 
 if __name__ == "__main__":

@@ -42,10 +42,10 @@ ROWS: Rows = {
 
 
 @torch.no_grad()
-def make(config: RunConfig, device: str, jobs: list[Job]) -> list[Pictures]:
+def make(rows: Rows, config: RunConfig, device: str, jobs: list[Job]) -> list[Pictures]:
     """The jobs at once; how many does not change the results."""
     prompts, seeds = [world.caption(scene) for scene, _ in jobs], [seed for _, seed in jobs]
-    stage = distilled(config, rows_of(config, ROWS), device, prompts, seeds)
+    stage = distilled(config, rows_of(config, rows), device, prompts, seeds)
     images = {name: stage.pictures(name) for name in stage.arms}
     return [{name: images[name][job, None] for name in images} for job in range(len(jobs))]
 

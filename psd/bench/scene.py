@@ -60,12 +60,12 @@ ROWS: Rows = {
 }
 
 
-def make(config: RunConfig, device: str, jobs: list[Job]) -> list[Pictures]:
+def make(rows: Rows, config: RunConfig, device: str, jobs: list[Job]) -> list[Pictures]:
     """The jobs one after the other, their arms in lockstep, and the world's own object from the same cameras."""
     models, made = load_models(config, device), []
     for scene, seed in jobs:
         run = replace(config, prompt=world.caption(scene), seed=seed)
-        stage = ObjectStage(run, rows_of(run, ROWS), models)
+        stage = ObjectStage(run, rows_of(run, rows), models)
         run_to_end(models.prior, stage)
         seen = {name: stage.scored(name)[0] for name in stage.arms}
         cameras = pictures.around(stage.frame, pictures.SCORED_VIEWS)

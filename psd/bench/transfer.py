@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from psd.bench.paired import JUDGED, Job, Pictures, load_models, run_to_end
+from psd.bench.paired import JUDGED, Job, Pictures, Rows, load_models, rows_of, run_to_end
 from psd.config import RunConfig
 from psd.modes.object import ObjectStage
 from psd.toybox import world
@@ -14,6 +14,7 @@ from psd.toybox.evaluate_mvdream import four_sides, sample_views
 PRESET, PROMPTS, SEEDS, BATCH = "toybox-fast", 40, 1, 1
 SHEET_COLUMNS, SHOWN_EVERY = 8, 1
 COLUMNS = JUDGED
+ROWS: Rows = {"full PSD": ("with", {})}  # what n is learned by
 STEPS = 30  # of DDIM
 PICTURES = 4  # of each row: the views of an object, or as many seeds
 AGAINST = {
@@ -22,12 +23,13 @@ AGAINST = {
 }
 
 
-def make(config: RunConfig, device: str, jobs: list[Job]) -> list[Pictures]:
+def make(rows: Rows, config: RunConfig, device: str, jobs: list[Job]) -> list[Pictures]:
     """An object of each job by full PSD, then samples of both priors under the n it began with and the n it learned."""
     models, made = load_models(config, device), []
     for scene, seed in jobs:
         run = replace(config, prompt=world.caption(scene), seed=seed)
-        stage = ObjectStage(run, {"with": run}, models)
+        (arm,) = rows_of(run, rows).values()
+        stage = ObjectStage(run, {"with": arm}, models)
         run_to_end(models.prior, stage)
         learning, prompts = stage.arms["with"].method.negative, PICTURES * [run.prompt]
         pictures = {}
