@@ -10,7 +10,7 @@ PYTHON ?= $(firstword $(foreach name,python3.12 python3.11 python3.13 python3.14
 	$(name) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v $(name))))
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-busy lint train-toybox bench setup setup-dev clean
+.PHONY: help run test test-busy lint train-toybox bench check-published setup setup-dev clean
 
 help:                   ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -36,6 +36,9 @@ train-toybox: setup     ## make assets/toybox from nothing (resumes where it sto
 
 bench: setup            ## measure a table of the README: make bench MODE=scene
 	$(PY) -m psd.bench $(MODE) $(ARGS)
+
+check-published: setup  ## download every published model and compare it with what its authors say
+	$(PY) -m psd.check published $(ARGS)
 
 clean:                  ## remove the environment, caches and outputs of the command line
 	rm -rf $(VENV) .pytest_cache .ruff_cache outputs

@@ -24,7 +24,7 @@ LAYERS = [
     {"psd.methods", "psd.models", "psd.score", "psd.distil"},
     {"psd.safety", "psd.record", "psd.modes", "psd.budget"},
     {"psd.run"},
-    {"psd.ui", "psd.__main__", "psd.toybox"},
+    {"psd.ui", "psd.__main__", "psd.toybox", "psd.check"},
     {"psd.bench"},
     {"app"},
 ]
