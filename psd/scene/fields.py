@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 from psd.scene.hashgrid import CORNERS, HashGrid, add_weighted_rows, corner_weights, weighted_rows
 
+# Of a shadow, in half-widths of the box: how far it may reach, where the ground is first; its grid; a faint start.
+SHADOW_REACH, GROUND, SHADOW_CELLS, SHADOW_START = 1.3, -0.56, 20, -4.0
+
 
 class Field(nn.Module):
     """density(x) = softplus(raw(x) + bias(x)), zero outside the box of half-width `radius`; rgb(x) = sigmoid(features).
@@ -257,11 +260,39 @@ class ConstantBackground(nn.Module):
         self.logits = nn.Parameter(torch.tensor(rgb).logit())
         self.learning_rate = learning_rate
 
-    def forward(self, directions: Float[Tensor, "*shape 3"]) -> Float[Tensor, "*shape 3"]:
+    def forward(
+        self, directions: Float[Tensor, "*shape 3"], origins: Tensor | None = None
+    ) -> Float[Tensor, "*shape 3"]:
         return torch.sigmoid(self.logits).expand_as(directions)
 
     def parameter_groups(self) -> list[dict]:
         return [{"params": [self.logits], "lr": self.learning_rate}]
+
+
+class ShadowedBackground(nn.Module):
+    """One fixed colour, darkened where a ray meets the ground by a learned soft shadow. Our own.
+
+    Priors draw what stands on the ground with its shadow. A field can only show it as dark haze below the object, which
+    ends up in the mesh. Here it is part of what lies behind: a grid of opacities on the plane z = height, both learned.
+    """
+
+    def __init__(self, rgb: tuple[float, float, float], radius: float, learning_rate: float) -> None:
+        super().__init__()
+        self.register_buffer("rgb", torch.tensor(rgb))
+        self.reach, self.learning_rate = SHADOW_REACH * radius, learning_rate
+        self.height = nn.Parameter(torch.tensor(GROUND * radius))
+        self.logits = nn.Parameter(torch.full((1, 1, SHADOW_CELLS, SHADOW_CELLS), SHADOW_START))
+
+    def forward(self, directions: Float[Tensor, "R 3"], origins: Float[Tensor, "R 3"]) -> Float[Tensor, "R 3"]:
+        down = directions[:, 2:].clamp(max=-1e-3)
+        place = (origins + (self.height - origins[:, 2:]) / down * directions)[:, :2] / self.reach
+        opacity = F.grid_sample(torch.sigmoid(self.logits), place[None, None], align_corners=False)[0, 0].T
+        meets = (directions[:, 2:] < -1e-3) & (origins[:, 2:] > self.height)
+        return self.rgb * (1 - opacity * meets)
+
+    def parameter_groups(self) -> list[dict]:
+        height = {"params": [self.height], "lr": 0.02 * self.learning_rate, "weight_decay": 0.0}
+        return [{"params": [self.logits], "lr": self.learning_rate, "weight_decay": 0.0}, height]
 
 
 class DirectionalBackground(nn.Module):
@@ -271,7 +302,9 @@ class DirectionalBackground(nn.Module):
         super().__init__()
         self.network = network(9, 16, 3, layers=2)
 
-    def forward(self, directions: Float[Tensor, "*shape 3"]) -> Float[Tensor, "*shape 3"]:
+    def forward(
+        self, directions: Float[Tensor, "*shape 3"], origins: Tensor | None = None
+    ) -> Float[Tensor, "*shape 3"]:
         """rgb in [0, 1] for unit directions."""
         return torch.sigmoid(self.network(spherical_harmonics(directions)))
 
