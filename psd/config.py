@@ -91,6 +91,9 @@ class RunConfig:
         low=1e-5, high=10.0, group="method")
     lr_density: float = setting(0.0, "3D: learning rate of the voxel grid's density; 0 = lr, that of its colours too.",
         label="Learning rate of the density (3D)", low=0.0, high=100.0, group="method")
+    lr_end: float = setting(1.0,
+        "3D: what all learning rates are multiplied by at the end; they fall in the second half of the run.",
+        label="Learning rates at the end (3D)", low=0.0, high=1.0, group="method")
     lr_shadow: float = setting(0.0,
         "3D: learning rate of a shadow on the ground, no part of the object; 0 = none. Priors of one background.",
         label="Learning rate of the shadow (3D)", low=0.0, high=10.0, group="method")

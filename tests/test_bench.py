@@ -206,6 +206,8 @@ def test_settings_to_try_are_read_by_their_type():
     settings = bench_main.settings_of("gamma=3,pref_interval=2,pref_form=paper,negative_lr=1e-2")
     assert settings == dict(gamma=3.0, pref_interval=2, pref_form="paper", negative_lr=0.01)
     assert isinstance(settings["gamma"], float)
+    assert bench_main.row_of("without:gamma=3") == ("without", dict(gamma=3.0))
+    assert bench_main.row_of("gamma=3,negative_prompt=") == ("with", dict(gamma=3.0, negative_prompt=""))
     with pytest.raises(ValueError, match="gama is no setting"):
         bench_main.settings_of("gama=3")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from psd.config import RunConfig
 from psd.contracts import Models
 from psd.distil import distil
-from psd.modes.object import ObjectStage, Sculpture, anneal_timestep, start_background, start_field
+from psd.modes.object import ObjectStage, Sculpture, anneal_timestep, annealed_rate, start_background, start_field
 from psd.scene.cameras import orbit_cameras
 from psd.scene.fields import ConstantBackground, DirectionalBackground
 from psd.scene.losses import SEEN
@@ -265,6 +265,15 @@ def test_a_shadow_is_learned_where_it_has_a_rate_and_the_prior_one_background(ra
     assert len(parameters) == learned and all(each.grad.abs().max() > 0 for each in parameters)
     anywhere = start_background(replace(CONFIG, lr_shadow=rate), replace(FRAME, background=None))
     assert isinstance(anywhere, DirectionalBackground)
+
+
+def test_learning_rates_fall_in_the_second_half():
+    assert [annealed_rate(0.1, share) for share in (0, 0.5, 0.75, 1)] == pytest.approx([1, 1, 0.55, 0.1])
+    assert annealed_rate(1.0, 0.9) == 1
+    _, arms = run({"with": replace(CONFIG, lr_end=0.0), "other": CONFIG})
+    rates = {name: [group["lr"] for group in arm.optimizer.param_groups] for name, arm in arms.items()}
+    assert rates["other"] == arms["other"].rates
+    assert rates["with"] == pytest.approx([annealed_rate(0.0, 5 / 6) * rate for rate in arms["with"].rates])
 
 
 def test_a_hash_field_with_a_learned_background_learns_both():

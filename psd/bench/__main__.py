@@ -56,8 +56,12 @@ def add_table_flags(parser: argparse.ArgumentParser, bench) -> None:
     parser.add_argument("--output", type=Path, default=None, help="values; pictures of all runs beside it")
     parser.add_argument(
         "--try", dest="tried", nargs="+", default=[], metavar="SETTINGS",
-        help="instead of the table's rows: the first, and full PSD with each of these, as in gamma=3,pref_weight=0.6",
+        help="instead of the table's rows: the first, and full PSD with each of these, as in gamma=3,pref_weight=0.6; "
+        "another arm as in without:gamma=3",
     )  # fmt: skip
+    parser.add_argument(
+        "--set", dest="settings", default="", metavar="SETTINGS", help="of every row, beyond the preset"
+    )
     parser.add_argument("--again", action="store_true", help="judge the pictures of --output's earlier run again")
 
 
@@ -70,7 +74,7 @@ def add_gpu_flags(parser: argparse.ArgumentParser) -> None:
 
 def write_table(bench, args: argparse.Namespace) -> None:
     """Measure one of TABLES, print it, and write its values and pictures."""
-    config = RunConfig.from_preset(args.preset, steps=args.steps)
+    config = RunConfig.from_preset(args.preset, steps=args.steps, **settings_of(args.settings))
     output = args.output or Path(f"outputs/bench-{args.mode}.json")
     pictures = output.with_suffix("")
     pictures.mkdir(parents=True, exist_ok=True)
@@ -84,7 +88,7 @@ def write_table(bench, args: argparse.Namespace) -> None:
         extra = bench.costs(config, args.device)  # before the workers: alone on the machine
     scenes = heldout_scenes(args.prompts, args.prompts_seed)
     workers = args.workers if args.device == "cpu" else 1
-    rows = {tried: ("with", settings_of(tried)) for tried in args.tried}
+    rows = {tried: row_of(tried) for tried in args.tried}
     rows = dict(list(bench.ROWS.items())[:1]) | rows if rows else bench.ROWS
     run = partial(run_batch, partial(bench.make, rows), bench.seen_in, config, args.device, pictures, args.again)
     found = measure(run, scenes, args.seeds, bench.BATCH, workers)
@@ -101,6 +105,12 @@ def write_table(bench, args: argparse.Namespace) -> None:
     page = contact_sheet(pictures, scenes, bench.SHEET_COLUMNS, bench.SHOWN_EVERY)
     page.save(output.with_suffix(".png"), optimize=True)
     print(table(found, bench.COLUMNS, extra, getattr(bench, "AGAINST", None)))
+
+
+def row_of(text: str) -> tuple[str, dict[str, Any]]:
+    """("without", {"gamma": 3.0}) of "without:gamma=3"; where no arm is named, of full PSD."""
+    arm, colon, settings = text.partition(":")
+    return (arm, settings_of(settings)) if colon else ("with", settings_of(text))
 
 
 def settings_of(text: str) -> dict[str, Any]:

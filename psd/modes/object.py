@@ -6,6 +6,7 @@ All arms start from the same field and share cameras, timesteps, noises and jitt
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 
@@ -55,6 +56,7 @@ class Sculpture:
     background: nn.Module
     optimizer: torch.optim.Optimizer
     occupancy: Occupancy
+    rates: list[float]  # of the optimiser's groups, as they start
     bad_steps: int = field(default=0, init=False)  # in a row without a finite gradient, or with nothing to see
 
     @classmethod
@@ -62,7 +64,8 @@ class Sculpture:
         field, background = copy.deepcopy(field), copy.deepcopy(background)
         groups = field.parameter_groups() + background.parameter_groups()
         optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99), eps=1e-15, weight_decay=0.01, fused=True)
-        return cls(config, field, background, optimizer, Occupancy(field.radius, device))
+        rates = [group["lr"] for group in groups]
+        return cls(config, field, background, optimizer, Occupancy(field.radius, device), rates)
 
     @property
     def scene(self) -> FieldScene:
@@ -100,6 +103,8 @@ class Sculpture:
 
     def advance(self, opacity: float, share: float) -> str:
         """One optimiser step, left out where a gradient is not finite; what is wrong once that has gone on."""
+        for group, rate in zip(self.optimizer.param_groups, self.rates):
+            group["lr"] = rate * annealed_rate(self.config.lr_end, share)
         gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         finite = bool(torch.stack([torch.isfinite(gradient).all() for gradient in gradients]).all())  # one wait for all
         if finite:
@@ -248,6 +253,11 @@ def start_field(config: RunConfig, radius: float) -> nn.Module:
         return HashField(radius=radius, density_bias=(BLOB_DENSITY, 0.5 * radius))
     gain = (config.lr_density or config.lr) / config.lr
     return VoxelField(config.grid_size, radius, (BLOB_DENSITY, 0.5 * radius), config.lr, gain)
+
+
+def annealed_rate(end: float, share: float) -> float:
+    """What learning rates are multiplied by: 1 in the first half of a run, then half a cosine down to `end`."""
+    return end + (1 - end) * 0.5 * (1 + math.cos(math.pi * max(0.0, 2 * share - 1)))
 
 
 def painted(colour: Float[Tensor, " 3"]) -> Background:
