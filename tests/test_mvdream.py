@@ -29,7 +29,7 @@ from psd.models.priors.mvdream import (
 from psd.models.priors.table import PriorInfo
 from psd.models.weights import readable_errors
 from psd.scene.rig import Frame
-from tests.test_priors import make_prior_folder, make_tokenizer
+from tests.test_priors import SmallMemory, make_prior_folder, make_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden" / "mvdream_unet"
 LDM_CONFIG = json.loads((GOLDEN / "unet" / "config.json").read_text())
@@ -273,6 +273,21 @@ def test_rows_with_and_without_a_camera_mix(prior):
     )
     assert embedding_of_zeros.abs().max() > 1e-2
     assert not prior.unet.class_embedding(torch.zeros(1, 16)).any()
+
+
+def test_rows_beyond_memory_go_in_whole_groups(prior, monkeypatch):
+    x_t, cond = torch.randn(12, *prior.latent_shape), prior.embed(["a cat"] * 12)
+    cameras = torch.randn(12, 16)
+    with torch.no_grad():
+        whole = prior.eps(x_t, 500, cond, cameras)
+        small = SmallMemory(prior.unet, 6)
+        monkeypatch.setattr(prior, "rows_at_once", prior.rows_at_once)
+        monkeypatch.setattr(prior.unet, "forward", small)
+        torch.testing.assert_close(prior.eps(x_t, 500, cond, cameras), whole, atol=1e-5, rtol=1e-5)
+        assert small.seen == [12, 4, 4, 4]
+        small.most = 3
+        with pytest.raises(torch.OutOfMemoryError):
+            prior.eps(x_t, 500, cond, cameras)
 
 
 def test_incomplete_groups_are_refused(prior):

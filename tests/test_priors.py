@@ -170,6 +170,38 @@ def test_every_row_may_have_a_timestep_of_its_own(folder, request):
     assert not torch.allclose(together, prior.eps(x_t, 500, cond))
 
 
+class SmallMemory:
+    """A UNet's forward where memory is enough for so many rows; counts its calls."""
+
+    def __init__(self, unet, rows: int):
+        self.forward, self.most, self.seen = unet.forward, rows, []
+
+    def __call__(self, x, *inputs, **named):
+        self.seen.append(len(x))
+        if len(x) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return self.forward(x, *inputs, **named)
+
+
+@pytest.mark.parametrize("folder", ["tiny_folder", "kl_v_folder"])
+def test_rows_beyond_memory_go_in_parts_and_answer_the_same(folder, request, monkeypatch):
+    prior = load_prior(str(request.getfixturevalue(folder)))
+    x_t, cond = torch.randn(7, *prior.latent_shape), prior.embed(["a cat"] * 7)
+    t = torch.arange(7) * 100
+    with torch.no_grad():
+        whole = prior.eps(x_t, t, cond)
+        small = SmallMemory(prior.unet, 2)
+        monkeypatch.setattr(prior, "rows_at_once", prior.rows_at_once)
+        monkeypatch.setattr(prior.unet, "forward", small)
+        for tries in ([7, 3, 1] + 6 * [1], 7 * [1]):  # 3 are too many as well, and that is remembered
+            small.seen.clear()
+            torch.testing.assert_close(prior.eps(x_t, t, cond), whole, atol=1e-5, rtol=1e-5)
+            assert small.seen == tries
+    small.most = 0
+    with pytest.raises(torch.OutOfMemoryError), torch.no_grad():
+        prior.eps(x_t, t, cond)
+
+
 @pytest.mark.parametrize("folder", ["tiny_folder", "kl_v_folder"])
 def test_encode_and_decode_use_images_in_0_1_and_the_scaling_factor(folder, request, monkeypatch):
     prior = load_exact(request.getfixturevalue(folder), monkeypatch)

@@ -70,10 +70,15 @@ class MVDreamPrior(StableDiffusionPrior):
         Without `cameras` every row is a single picture: nothing is folded and no camera is embedded. Raises ValueError
         where cameras come in incomplete groups.
         """
-        views = 1 if cameras is None else self.views
-        if cameras is not None:
-            cameras = cameras.to(self.dtype)
-        return in_dtype(self.dtype, lambda x, y: predict(self.unet, x, t, y, cameras, views), x_t, cond, views=views)
+        views, t = 1 if cameras is None else self.views, timestep(t, x_t.device)
+
+        def unet(part: slice) -> Tensor:
+            seen = None if cameras is None else cameras[part].to(self.dtype)
+            own_t = t[part] if t.ndim else t
+            network = lambda x, y: predict(self.unet, x, own_t, y, seen, views)  # noqa: E731
+            return in_dtype(self.dtype, network, x_t[part], cond[part], views=views)
+
+        return self.in_parts(unet, len(x_t), views)
 
 
 def predict(

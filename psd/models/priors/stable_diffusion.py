@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from psd.errors import shown
+from psd.errors import is_out_of_memory, shown
 from psd.models.hub import Source
 from psd.models.priors.fit import check_fit, read_config
 from psd.models.weights import check_vocabulary, pretrained, token_count, tokenize
@@ -42,6 +42,7 @@ class StableDiffusionPrior:
     """
 
     views: int = 1  # rows of one object, which see each other
+    rows_at_once: int = 2**31  # through the UNet; less once memory has run out
 
     def __init__(
         self, name: str, licence: str, tokenizer, text_encoder, vae, unet, scheduler, lexicon: list[str],
@@ -122,11 +123,34 @@ class StableDiffusionPrior:
         t is one for all rows, or one a row. A prior of single images has no use for `cameras`.
         """
         t_in = timestep(t, x_t.device)
-        predicted = in_dtype(self.dtype, lambda x, y: self.unet(x, t_in, encoder_hidden_states=y).sample, x_t, cond)
+
+        def unet(part: slice) -> Tensor:
+            own_t = t_in[part] if t_in.ndim else t_in
+            network = lambda x, y: self.unet(x, own_t, encoder_hidden_states=y).sample  # noqa: E731
+            return in_dtype(self.dtype, network, x_t[part], cond[part])
+
+        predicted = self.in_parts(unet, len(x_t))
         if not self.predicts_v:
             return predicted
         alpha_bar = self.alphas_cumprod[t_in].to(x_t.dtype).view(-1, 1, 1, 1)
         return alpha_bar.sqrt() * predicted + (1 - alpha_bar).sqrt() * x_t
+
+    def in_parts(self, network: Callable[[slice], Tensor], rows: int, group: int = 1) -> Tensor:
+        """network(rows) of all rows, in as many parts of whole groups as memory allows.
+
+        Where memory runs out it is tried with half as many rows, from then on. What keeps a gradient is not cut: the
+        graph of the parts would take the same memory.
+        """
+        while True:
+            part = min(self.rows_at_once, rows)
+            try:
+                return torch.cat([network(slice(start, start + part)) for start in range(0, rows, part)])
+            except (RuntimeError, MemoryError) as error:
+                if torch.is_grad_enabled() or part <= group or not is_out_of_memory(error):
+                    raise
+            self.rows_at_once = max(group, part // 2 // group * group)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def remarks(self, prompt: str, label: str = "prompt") -> list[str]:
         """One sentence for each thing in a text, called `label`, that this prior will not understand."""
