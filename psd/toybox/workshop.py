@@ -60,7 +60,7 @@ STAGES: dict[str, Recipe] = {
     "views":      Recipe( 3000,  64, 1.0e-3, 5),
 }  # fmt: skip
 TOKENIZERS = {"sd/text_encoder": "sd/tokenizer", "preference": "preference", "judge/text": "judge/tokenizer"}
-IMAGES = {1: 24576, 2: 12288, 3: 16384, 7: 16384, 8: 16384}  # data seed -> how many renders
+IMAGES = {1: 24576, 2: 24576, 3: 16384, 7: 16384, 8: 24576}  # data seed -> how many renders
 
 
 @dataclass
@@ -159,7 +159,7 @@ def run_stage(
     for drawn in bar:
         loss = loss_of(*_on_device(drawn, shop.device))
         now = time.monotonic()
-        progress = max(training.step / steps, (now - started) / (60 * shop.minutes))
+        progress = first_rank_s(max(training.step / steps, (now - started) / (60 * shop.minutes)), shop.device)
         training.descend(loss, learning_rate(recipe.peak, training.step, steps, progress))
         smooth = loss.detach() if smooth is None else smooth.lerp(loss.detach(), 0.02)
         if training.step % 20 == 0:
@@ -260,6 +260,15 @@ def average_gradients(module: nn.Module) -> None:
     dist.all_reduce(flat)
     for gradient, part in zip(gradients, flat.div_(ranks).split([g.numel() for g in gradients])):
         gradient.copy_(part.view_as(gradient))
+
+
+def first_rank_s(number: float, device: torch.device) -> float:
+    """The number of the first process, in all: by clocks of their own they would not end at one step."""
+    if not dist.is_initialized():
+        return number
+    shared = torch.tensor([number], dtype=torch.float64, device=device)
+    dist.broadcast(shared, 0)
+    return shared.item()
 
 
 def rank_0_first(make: Callable):
