@@ -254,7 +254,7 @@ def arms_of(config: RunConfig) -> dict[str, RunConfig]:
 
 
 TOYBOX_NEGATIVE = "low quality, faded, dim, plain, blurry, tilted"  # the dull ends of psd.toybox.taste
-TOYBOX = dict(prior="toybox/sd", reward="toybox/preference", negative_prompt=TOYBOX_NEGATIVE)
+TOYBOX = dict(prior="toybox/sd", reward="toybox/preference", negative_prompt=TOYBOX_NEGATIVE, fast_decoder=True)
 SD_NEGATIVE = "ugly, blurry, low quality, lowres, deformed, bad anatomy, artifacts"
 
 MVDREAM_NEGATIVE = (

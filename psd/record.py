@@ -208,9 +208,10 @@ def versions() -> dict[str, str]:
 def revisions(config: RunConfig) -> dict[str, Any]:
     """Which commits of the hub the weights are of; empty where they come with the app."""
     prior = prior_info(config.prior)
+    decoder = prior.fast_decoder if config.fast_decoder else None
     return {
         "prior_revision": prior.source.revision,
-        "fast_decoder_revision": prior.fast_decoder.source.revision if config.fast_decoder else "",
+        "fast_decoder_revision": decoder.source.revision if decoder else "",
         "reward_revisions": {name: REWARDS[name].source.revision for name in reward_terms(config.reward)},
     }
 

@@ -77,6 +77,8 @@ def generate(
     try:
         read = {"prompt": config.prompt} | ({} if config.negative_from else {"negative prompt": config.negative_prompt})
         warnings = [remark for label, text in read.items() for remark in models.prior.remarks(text, label)]
+        if config.fast_decoder and not prior_info(config.prior).fast_decoder:  # another's would decode to noise
+            warnings.append(f"fast_decoder: none is known for the latents of {models.prior.name}, its VAE is used.")
         yield Started(record.directory.name, record.directory, config, tuple(stage.arms), tuple(warnings))
         for state in states:
             if state.failure:

@@ -55,7 +55,6 @@ def check_request(config: RunConfig, allow_local: bool = False, uploads: Path | 
     check_models(config, allow_local)
     check_negative(config, allow_local, uploads)
     check_mode(config)
-    check_fast_decoder(config)
     if config.t_min >= config.t_max:
         raise RequestError(
             f"t_min must be below t_max, got t_min = {config.t_min} and t_max = {config.t_max}.", "t_min"
@@ -202,17 +201,6 @@ def check_mode(config: RunConfig) -> None:
         least, end = getattr(config, name), getattr(config, f"{name}_end")
         if end and end < least:
             raise RequestError(f"{name}_end must be 0 or at least {name} = {least}, got {end}.", f"{name}_end")
-
-
-def check_fast_decoder(config: RunConfig) -> None:
-    """Another model's latents would decode to noise, and a ranking by noise would look like a result."""
-    if config.fast_decoder and prior_info(config.prior).fast_decoder is None:
-        suited = ", ".join(name for name, info in PRIORS.items() if info.fast_decoder)
-        raise RequestError(
-            f"fast_decoder has none for the latents of prior {shown(config.prior)}: switch it off, or choose one of "
-            f"{suited}.",
-            "fast_decoder",
-        )
 
 
 def check_image(path: str | Path) -> Float32[np.ndarray, "H W 3"]:

@@ -62,7 +62,7 @@ def test_a_run_that_did_not_step_teaches_nothing():
         dict(negative_lr=0.0), dict(field="hashgrid"), dict(grid_size=96), dict(render_size=80),
         dict(grid_size_end=160), dict(render_size_end=160), dict(samples=96), dict(lambda_rgb=0.0),
         dict(lambda_orient=1.0), dict(lambda_orient_end=1.0), dict(lambda_z_variance=1.0), dict(lambda_smooth=0.0),
-        dict(fast_decoder=True),
+        dict(fast_decoder=False),
     ],
     ids=lambda change: ", ".join(change),
 )  # fmt: skip
@@ -136,7 +136,7 @@ def test_the_nearest_of_the_measured_counts():
 )  # fmt: skip
 def test_the_model_of_work_holds_against_measured_steps(mode: str, settings: dict, measured_ms: float):
     """Curves and previews apart, which those measurements leave out."""
-    config = changed(CONFIGS[mode], steps=20_000, **settings)
+    config = changed(CONFIGS[mode], steps=20_000, fast_decoder=False, **settings)
     assert estimate.work_of(config) == pytest.approx(measured_ms, rel=0.2)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +15,13 @@ from psd.config import RunConfig
 from psd.contracts import Models
 from psd.distil import distil
 from psd.errors import RequestError
+from psd.events import Started
 from psd.models.hub import Source
 from psd.models.needs import check_downloads, missing_models
 from psd.models.priors import load_fast_decoder, stable_diffusion
 from psd.models.priors.table import PRIORS, TAESD
 from psd.modes.image import ImageStage
+from psd.run import generate
 from psd.safety import check_request
 from tests.gaussian import ExactPrior, PlainReward
 
@@ -84,8 +88,18 @@ def test_it_is_of_the_priors_own_latents():
     check_request(CONFIG)
     for settings in ({}, {"mode": "3d"}):
         check_request(RunConfig.from_preset(prompt="a lamp", fast_decoder=True, **settings))
-    with pytest.raises(RequestError, match=r"^fast_decoder has none for the latents of prior 'org/name'"):
-        check_request(replace(CONFIG, prior="org/name"))
+
+
+def test_where_none_is_known_the_vae_decodes_and_the_run_says_so(tmp_path: Path):
+    """Another model's latents would decode to noise, and a ranking by noise would look like a result."""
+    folder = tmp_path / "prior"
+    shutil.copytree(PRIORS["toybox/sd"].source.path, folder)
+    config = RunConfig.from_preset(prompt="a lamp", prior=str(folder), steps=2)
+    events = list(generate(config, tmp_path / "outputs", "cpu"))
+    said = f"fast_decoder: none is known for the latents of {folder.name}, its VAE is used."
+    assert next(event for event in events if isinstance(event, Started)).warnings[-1] == said
+    about = json.loads((events[-1].directory / "run.json").read_text())
+    assert about["fast_decoder_revision"] == ""
 
 
 def test_it_is_asked_for_where_it_is_switched_on(only_taesd_is_missing: None, monkeypatch: pytest.MonkeyPatch):

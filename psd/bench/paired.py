@@ -25,8 +25,8 @@ from psd.config import RunConfig, arms_of
 from psd.contracts import Models, Prior, Stage
 from psd.distil import distil
 from psd.export import PNG_KEY, export_png, to_uint8
-from psd.models.priors import load_prior
 from psd.models.rewards import load_reward
+from psd.run import load
 from psd.toybox import world
 from psd.toybox.instruments import load_instruments
 from psd.toybox.pairs import to_pixels
@@ -69,8 +69,7 @@ def rows_of(config: RunConfig, rows: Rows) -> dict[str, RunConfig]:
 
 
 def load_models(config: RunConfig, device: str) -> Models:
-    prior = load_prior(config.prior, device)
-    return Models(prior, load_reward(config.reward, device), prior.decode)
+    return load(config, device)[0]
 
 
 def run_to_end(prior: Prior, stage: Stage) -> None:

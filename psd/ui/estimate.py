@@ -45,6 +45,7 @@ ROW = {
     "3d": Passes(unet=12.5, unet_grad=28, encode_grad=7.5, decode=6.0, decode_grad=10, reward=3.5, reward_grad=9.5),
 }
 VIEWS = {"image": 1, "3d": 4}
+FAST_DECODER = 0.45  # of the VAE's time
 STEP = {"image": 9.0, "3d": 0.0}  # of an arm, whatever it asks
 MEASURED = {"image": 12.0, "3d": 38.0}  # a reward for the curves, and a preview
 GRID, RENDER, HASHED = 12.0, 8.0, 340.0  # a voxel grid of 48, renders of 40 px; the hash grid at 24 samples a ray
@@ -110,7 +111,10 @@ def work_of(config: RunConfig) -> float:
 
 def guided_work(arm: RunConfig) -> float:
     """Of an arm's method on the models."""
-    rows = sum(count * cost for count, cost in zip(passes_of(arm), ROW[arm.mode]))
+    costs = ROW[arm.mode]
+    if arm.fast_decoder:
+        costs = costs._replace(decode=FAST_DECODER * costs.decode, decode_grad=FAST_DECODER * costs.decode_grad)
+    rows = sum(count * cost for count, cost in zip(passes_of(arm), costs))
     return STEP[arm.mode] + VIEWS[arm.mode] * rows
 
 
