@@ -273,9 +273,9 @@ MVDREAM = dict(
 
 # name -> overrides of RunConfig's defaults. The measured result of each stands in README.md, "Does it work?".
 PRESETS: dict[str, dict[str, Any]] = {
-    "toybox-image":      dict(**TOYBOX, steps=50, gamma=2.0, pref_weight=0.3, negative_lr=3e-3),
-    "toybox-quick":      dict(**TOYBOX, steps=25, gamma=2.0, pref_weight=0.3, negative_lr=3e-3),
-    "toybox-paper-form": dict(**TOYBOX, steps=50, gamma=2.0, pref_weight=0.3, negative_lr=3e-3, pref_form="paper"),
+    "toybox-image":      dict(**TOYBOX, steps=50, gamma=2.0, pref_weight=0.3, negative_lr=2e-2),
+    "toybox-quick":      dict(**TOYBOX, steps=25, gamma=2.0, pref_weight=0.3, negative_lr=2e-2),
+    "toybox-paper-form": dict(**TOYBOX, steps=50, gamma=2.0, pref_weight=0.3, negative_lr=2e-2, pref_form="paper"),
     # Algorithm 2 and Table 3: SD 1.5, HPSv2.1, N = 50, eq. 12 alone (n fixed). gamma and Adam's rate are not given:
     # 7.5 is SD 1.5's own default, and the DDIM update needs no rate.
     "sd15-paper": dict(

@@ -136,7 +136,7 @@ BEYOND_FULL_PSD = {
         "full PSD, centred": {},
         "full PSD, n at 0.001": dict(negative_lr=1e-3),
         "full PSD, n at 0.01": dict(negative_lr=1e-2),
-        "full PSD, n at 0.04": dict(negative_lr=4e-2),
+        "full PSD, n at 0.1": dict(negative_lr=1e-1),
     },
     scene: {
         "without preference": dict(method="sds"),
@@ -147,7 +147,7 @@ BEYOND_FULL_PSD = {
         "full PSD": {},
         "full PSD, n at 0.001": dict(negative_lr=1e-3),
         "full PSD, n at 0.01": dict(negative_lr=1e-2),
-        "full PSD, n at 0.04": dict(negative_lr=4e-2),
+        "full PSD, n at 0.1": dict(negative_lr=1e-1),
     },
 }
 
