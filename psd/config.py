@@ -289,7 +289,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     ),
     "toybox-fast": dict(
         **TOYBOX | dict(mode="3d", prior="toybox/mvdream"), steps=100, gamma=2.5, weighting="recon", pref_weight=0.6,
-        pref_interval=2, negative_lr=3e-3, lr=0.3, lr_density=3.0, lr_end=0.1, lr_shadow=0.3, samples=24,
+        pref_interval=2, negative_lr=1e-2, lr=0.3, lr_density=3.0, lr_end=0.1, lr_shadow=0.3, samples=24,
         lambda_rgb=0.3, lambda_opacity=120.0, lambda_solid=400.0, lambda_smooth=0.02, mesh_faces=12_000,
     ),
     "mvdream-fast": dict(
