@@ -135,7 +135,7 @@ BEYOND_FULL_PSD = {
         "full PSD, paper's form": dict(pref_form="paper"),
         "full PSD, centred": {},
         "full PSD, n at 0.001": dict(negative_lr=1e-3),
-        "full PSD, n at 0.01": dict(negative_lr=1e-2),
+        "full PSD, n at 0.04": dict(negative_lr=4e-2),
         "full PSD, n at 0.1": dict(negative_lr=1e-1),
     },
     scene: {
@@ -146,7 +146,7 @@ BEYOND_FULL_PSD = {
         "negative embedding alone": dict(method="negative"),
         "full PSD": {},
         "full PSD, n at 0.001": dict(negative_lr=1e-3),
-        "full PSD, n at 0.01": dict(negative_lr=1e-2),
+        "full PSD, n at 0.04": dict(negative_lr=4e-2),
         "full PSD, n at 0.1": dict(negative_lr=1e-1),
     },
 }

@@ -34,7 +34,7 @@ from psd.toybox.pictures import sheet
 from psd.toybox.taste import AXES
 
 COST_PROMPT = "a red mushroom with a white stem"
-NEGATIVE_RATES = (1e-3, 1e-2, 1e-1)  # of n: the paper's Fig. 3; at the largest the reward is hacked
+NEGATIVE_RATES = (1e-3, 4e-2, 1e-1)  # of n: the paper's Fig. 3; at the largest the reward is hacked
 
 
 class Column(NamedTuple):

@@ -262,7 +262,7 @@ def annealed_rate(end: float, share: float) -> float:
 
 def painted(colour: Float[Tensor, " 3"]) -> Background:
     """A background of one colour."""
-    return lambda directions, origins: colour.expand_as(directions)
+    return lambda directions: colour.expand_as(directions)
 
 
 def start_background(config: RunConfig, frame: Frame) -> nn.Module:

@@ -260,9 +260,7 @@ class ConstantBackground(nn.Module):
         self.logits = nn.Parameter(torch.tensor(rgb).logit())
         self.learning_rate = learning_rate
 
-    def forward(
-        self, directions: Float[Tensor, "*shape 3"], origins: Tensor | None = None
-    ) -> Float[Tensor, "*shape 3"]:
+    def forward(self, directions: Float[Tensor, "*shape 3"]) -> Float[Tensor, "*shape 3"]:
         return torch.sigmoid(self.logits).expand_as(directions)
 
     def parameter_groups(self) -> list[dict]:
@@ -302,9 +300,7 @@ class DirectionalBackground(nn.Module):
         super().__init__()
         self.network = network(9, 16, 3, layers=2)
 
-    def forward(
-        self, directions: Float[Tensor, "*shape 3"], origins: Tensor | None = None
-    ) -> Float[Tensor, "*shape 3"]:
+    def forward(self, directions: Float[Tensor, "*shape 3"]) -> Float[Tensor, "*shape 3"]:
         """rgb in [0, 1] for unit directions."""
         return torch.sigmoid(self.network(spherical_harmonics(directions)))
 

@@ -28,7 +28,7 @@ SUBPIXELS = 2  # along each side of a pixel: without them edges and textures fli
 ON_EDGE = 1e-9  # of a barycentric weight: neighbours share their edge, and no ray slips through between them
 
 
-def white(directions: Float[Tensor, "R 3"], origins: Float[Tensor, "R 3"]) -> Float[Tensor, "R 3"]:
+def white(directions: Float[Tensor, "*shape 3"]) -> Float[Tensor, "*shape 3"]:
     return torch.ones_like(directions)
 
 
@@ -68,9 +68,8 @@ class MeshScene:
         variance of z are without meaning here; the latter is 0."""
         views = [self._seen(cameras[i : i + 1].to(self.vertices.device), size) for i in range(len(cameras))]
         foreground, opacity, depth, normal = torch.cat(views).split([3, 1, 1, 3], 1)
-        origins, directions = camera_rays(cameras.to(self.vertices.device), size, size)
-        behind = self.background(directions.reshape(-1, 3), origins.reshape(-1, 3))
-        behind = behind.view_as(directions).permute(0, 3, 1, 2)
+        _, directions = camera_rays(cameras.to(self.vertices.device), size, size)
+        behind = self.background(directions.reshape(-1, 3)).view_as(directions).permute(0, 3, 1, 2)
         rgb = foreground + behind * (1 - opacity)
         contrast = (rgb - behind).abs().amax(1, keepdim=True)
         normal = F.normalize(normal, dim=1) if with_normals else None

@@ -23,10 +23,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from psd.scene.cameras import Cameras, camera_rays
-from psd.scene.fields import Field
+from psd.scene.fields import Field, ShadowedBackground
 
-# Of directions and origins of rays; what has one colour whatever they are has a use for neither.
-Background = Callable[[Float[Tensor, "R 3"], Float[Tensor, "R 3"]], Float[Tensor, "R 3"]]
+Background = Callable[[Float[Tensor, "R 3"]], Float[Tensor, "R 3"]]  # of directions; a ShadowedBackground: origins too
 
 STEPS = 512  # of the packed march across the box's diagonal (MVDream's renderer)
 CHUNK = 2**18  # samples that `render_views` holds at once
@@ -271,7 +270,8 @@ def render_rays(
     density, rgb = field(points)
     normals = field.normals(points) if with_normals else None
     columns, weights = accumulate(march, len(origins), density, rgb, normals)
-    behind = background(directions, origins)
+    placed = isinstance(background, ShadowedBackground)
+    behind = background(directions, origins) if placed else background(directions)
     composed = columns[:, :3] + behind * (1 - columns[:, 3:4])
     contrast = (composed - behind).detach().abs().amax(1, keepdim=True)
     return torch.cat([composed, contrast, columns], 1), None if normals is None else Samples(weights, normals, along)
