@@ -267,12 +267,12 @@ def test_a_download_is_asked_for_with_size_and_licences(browser: Browser, app_ur
 
 
 def test_an_object_ends_upright_and_coloured_in_both_viewers(browser: Browser, app_url: str, tmp_path: Path):
-    """The preset with fewer steps: a red cap over a white stem in both arms; a drag of one turns both."""
+    """The preset with fewer steps: a red cap over a blue stem in both arms; a drag of one turns both."""
     page, faults = open_page(browser, app_url, 1440, "light")
     page.get_by_label("3D object").check()
     page.get_by_text("toybox/mvdream", exact=False).first.wait_for()
     set_steps(page, 60)
-    page.get_by_label("Prompt", exact=True).fill(PROMPT)
+    page.get_by_label("Prompt", exact=True).fill("a red mushroom with a blue stem")
     page.get_by_label("Randomise seed").uncheck()
     run(page)
     until(page, "#preview img")
