@@ -9,7 +9,7 @@ from __future__ import annotations
 from psd.config import RunConfig
 from psd.methods import METHODS, Passes, learns_negative
 
-MODES: dict[str, Passes] = {
+OF_MODE: dict[str, Passes] = {
     "image": Passes(),
     "3d": Passes(encode_grad=1),  # the renders, down to the field
 }
@@ -19,7 +19,9 @@ REBUILT = Passes(decode=1)  # lambda_rgb: the guided x0-hat in pixels
 def passes_of(arm: RunConfig) -> Passes:
     """Of one sample and step of an arm, on average over its intervals; neither curve nor preview."""
     info = METHODS[arm.method]
-    total = info.passes.plus(MODES[arm.mode]).plus(info.ranked, 1 / arm.pref_interval)
+    total = info.passes.plus(OF_MODE[arm.mode])
+    if info.ranks:
+        total = total.plus(info.ranked, 1 / arm.pref_interval)
     if learns_negative(arm):
         total = total.plus(info.learned, 1 / (arm.pref_interval * arm.negative_interval))
     return total.plus(REBUILT) if arm.lambda_rgb and arm.mode == "3d" else total

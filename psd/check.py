@@ -19,7 +19,6 @@ from urllib.request import urlopen
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor
 
 from psd.config import RunConfig
@@ -29,6 +28,7 @@ from psd.models.hub import download
 from psd.models.rewards import load_reward
 from psd.models.rewards.table import REWARDS, RewardInfo
 from psd.run import generate
+from psd.safety import check_image
 
 # ImageReward's README at this commit: a prompt, four pictures, their scores.
 README_PROMPT = "a painting of an ocean with clouds and birds, day time, low depth field effect"
@@ -132,9 +132,7 @@ def readme_pictures(folder: Path | None) -> list[Float[Tensor, "1 3 H W"]]:
                     path.write_bytes(answer.read())
             if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
                 raise OSError(f"the picture {name} is not that of ImageReward's README")
-            with Image.open(path) as picture:
-                pixels = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)[None] / 255
-            images.append(pixels.float())
+            images.append(torch.from_numpy(check_image(path)).permute(2, 0, 1)[None])
     return images
 
 

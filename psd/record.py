@@ -36,7 +36,7 @@ from psd.errors import Abandoned, RequestError
 from psd.events import ArmResult, Preview
 from psd.export import PNG_KEY, export_json, export_metrics
 from psd.methods import learns_negative
-from psd.models.priors.table import prior_info, shown_name
+from psd.models.priors.table import decoder_of, prior_info, shown_name
 from psd.models.rewards.table import REWARDS, reward_terms
 from psd.scene.files import read_glb_extras
 
@@ -207,8 +207,7 @@ def versions() -> dict[str, str]:
 
 def revisions(config: RunConfig) -> dict[str, Any]:
     """Which commits of the hub the weights are of; empty where they come with the app."""
-    prior = prior_info(config.prior)
-    decoder = prior.fast_decoder if config.fast_decoder else None
+    prior, decoder = prior_info(config.prior), decoder_of(config.prior, config.fast_decoder)
     return {
         "prior_revision": prior.source.revision,
         "fast_decoder_revision": decoder.source.revision if decoder else "",

@@ -27,7 +27,7 @@ from psd.methods import METHODS
 from psd.models.hub import OWNER, Access
 from psd.models.needs import fetch_models
 from psd.models.priors import load_fast_decoder, load_prior
-from psd.models.priors.table import prior_info
+from psd.models.priors.table import decoder_of
 from psd.models.rewards import load_reward
 from psd.models.rewards.table import REWARDS, held_out_rewards, is_mixture, reward_terms
 from psd.record import Record
@@ -77,7 +77,7 @@ def generate(
     try:
         read = {"prompt": config.prompt} | ({} if config.negative_from else {"negative prompt": config.negative_prompt})
         warnings = [remark for label, text in read.items() for remark in models.prior.remarks(text, label)]
-        if config.fast_decoder and not prior_info(config.prior).fast_decoder:  # another's would decode to noise
+        if config.fast_decoder and not decoder_of(config.prior, True):  # another's would decode to noise
             warnings.append(f"fast_decoder: none is known for the latents of {models.prior.name}, its VAE is used.")
         yield Started(record.directory.name, record.directory, config, tuple(stage.arms), tuple(warnings))
         for state in states:
@@ -139,7 +139,7 @@ def load(config: RunConfig, device: str) -> tuple[Models, dict[str, Reward]]:
     """What the run needs, and the rewards that its results are scored by. Raises RequestError."""
     prior = load_prior(config.prior, device)
     rewards = load_rewards(config.reward, device)
-    decoder = prior_info(config.prior).fast_decoder if config.fast_decoder else None
+    decoder = decoder_of(config.prior, config.fast_decoder)
     decode = load_fast_decoder(decoder, device) if decoder else prior.decode
     return Models(prior, rewards[config.reward], decode), rewards
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from psd.bench.gpu import row
+from psd.bench.paired import COST_PROMPT
 from psd.budget import passes_of
 from psd.config import MODES, RunConfig, arms_of
 from psd.contracts import Models
@@ -21,7 +24,6 @@ from psd.distil import distil
 from psd.methods import Passes
 from psd.run import load
 
-PROMPT = "a red mushroom with a white stem"
 PRESETS = {"image": "toybox-image", "3d": "toybox-fast"}
 ARMS = "without, selection, no-negative, negative-only, with"
 ROUNDS, ROUND_STEPS = 7, 4
@@ -36,22 +38,22 @@ def report(device: str, modes: list[str], rounds: int = ROUNDS) -> Iterator[str]
 
 
 def report_mode(mode: str, device: str, rounds: int) -> Iterator[str]:
-    config = RunConfig.from_preset(PRESETS[mode], prompt=PROMPT, arms=ARMS)
+    config = RunConfig.from_preset(PRESETS[mode], prompt=COST_PROMPT, arms=ARMS)
     arms = arms_of(config)
     arms["with, every step"] = replace(arms["with"], pref_interval=1, negative_interval=1)
     models, _ = load(config, device)
     step_s, rows_s = measured(arms, models, rounds)
     plain = step_s["without"]
     titles = [mode, "step (ms)", "its networks (ms)", "overhead", "of plain's speed", "rows a sample"]
-    yield from ("", f"| {' | '.join(titles)} |", "|---" * len(titles) + "|")
+    yield from ("", row(titles), "|---" * len(titles) + "|")
     for name, arm in arms.items():
         passes = passes_of(arm)
         networks_s = rows_s.taken(passes)
         rows = ", ".join(f"{network} {count:g}" for network, count in passes._asdict().items() if count)
-        yield (
-            f"| {name} | {1e3 * step_s[name]:.0f} | {1e3 * networks_s:.0f} | {step_s[name] / networks_s:.2f} "
-            f"| {plain / step_s[name]:.2f} | {rows} |"
-        )
+        yield row([
+            name, f"{1e3 * step_s[name]:.0f}", f"{1e3 * networks_s:.0f}", f"{step_s[name] / networks_s:.2f}",
+            f"{plain / step_s[name]:.2f}", rows,
+        ])  # fmt: skip
     if mode == "image":
         yield ""
         yield from beside_diffusers(config, models, rounds)
@@ -64,7 +66,7 @@ class Rows:
         prior, self.views = models.prior, models.prior.views
         x = torch.randn(self.views, *prior.latent_shape, device=prior.device)
         images = torch.rand(self.views, 3, prior.image_size, prior.image_size, device=prior.device)
-        cond, prompts = prior.embed([PROMPT]).expand(self.views, -1, -1), [PROMPT] * self.views
+        cond, prompts = prior.embed([COST_PROMPT]).expand(self.views, -1, -1), [COST_PROMPT] * self.views
         cameras = torch.randn(self.views, 16, device=prior.device) if self.views > 1 else None
         t = len(prior.alphas_cumprod) // 2
 
@@ -84,7 +86,7 @@ class Rows:
             "reward": (2, lambda: models.reward(twice(images), prompts * 2)),
             "reward_grad": (1, lambda: gradient(lambda each: models.reward(each, prompts), images)),
         }
-        self.seconds: dict[str, list[float]] = {name: [] for name in self.calls}
+        self.seconds: defaultdict[str, list[float]] = defaultdict(list)
 
     def time(self) -> None:
         """Every network once."""
@@ -114,7 +116,7 @@ def measured(arms: dict[str, RunConfig], models: Models, rounds: int) -> tuple[d
             next(running[name])
     rows, seconds = Rows(models), {name: [] for name in arms}
     rows.time()
-    rows.seconds = {name: [] for name in rows.calls}
+    rows.seconds.clear()  # it warmed up
     for _ in range(rounds):
         for name, states in running.items():
             seconds[name].append(timed(lambda states=states: [next(states) for _ in range(ROUND_STEPS)]) / ROUND_STEPS)
@@ -146,7 +148,7 @@ def beside_diffusers(config: RunConfig, models: Models, rounds: int) -> Iterator
         stage.pictures("with")
 
     def diffusers() -> None:
-        pipeline(PROMPT, num_inference_steps=DIFFUSERS_STEPS, guidance_scale=plain.gamma, output_type="pt")
+        pipeline(COST_PROMPT, num_inference_steps=DIFFUSERS_STEPS, guidance_scale=plain.gamma, output_type="pt")
 
     for _ in range(max(3, rounds // 2)):
         seconds["own"].append(timed(own))

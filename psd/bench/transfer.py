@@ -28,7 +28,7 @@ def make(rows: Rows, config: RunConfig, device: str, jobs: list[Job]) -> list[Pi
     models, made = load_models(config, device), []
     for scene, seed in jobs:
         run = replace(config, prompt=world.caption(scene), seed=seed)
-        (arm,) = rows_of(run, rows).values()
+        *_, arm = rows_of(run, rows).values()  # the last that is tried
         stage = ObjectStage(run, {"with": arm}, models)
         run_to_end(models.prior, stage)
         learning, prompts = stage.arms["with"].method.negative, PICTURES * [run.prompt]

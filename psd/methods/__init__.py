@@ -44,8 +44,8 @@ class MethodInfo(NamedTuple):
     ranks: bool = False  # whether it asks the reward which of several noises is best; a mixture learns its scales there
     learns: bool = False  # whether it has an n of its own, `negative` (psd.methods.negative), which a run keeps
     passes: Passes = PLAIN  # of a step without preference
-    ranked: Passes = Passes()  # on top, on every preference step
-    learned: Passes = Passes()  # on top, where n moves
+    ranked: Passes = RANKED  # on top, on every preference step of one that ranks
+    learned: Passes = LEARNED  # on top, where an n that learns moves
 
     def load(self) -> type[Method]:
         return resolve_name(self.method)
@@ -54,12 +54,10 @@ class MethodInfo(NamedTuple):
 METHODS: dict[str, MethodInfo] = {
     "psd": MethodInfo(
         "psd.methods.preference:PSD", "Preference score distillation: delta_pref and the learned n.", ranks=True,
-        learns=True, ranked=RANKED, learned=LEARNED,
+        learns=True,
     ),
     "sds": MethodInfo("psd.methods.sds:SDS", "Plain score distillation; in image mode it is DDIM."),
-    "negative": MethodInfo(
-        "psd.methods.negative:NegativeOnly", "The learned n alone (Sec. 3.3).", learns=True, learned=LEARNED
-    ),
+    "negative": MethodInfo("psd.methods.negative:NegativeOnly", "The learned n alone (Sec. 3.3).", learns=True),
 }  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from psd.errors import RequestError
 from psd.events import Downloading
 from psd.models.hub import OWNER, Access, check_online, check_public, download, is_cached
 from psd.models.priors.fit import download_configs
-from psd.models.priors.table import PRIORS, DecoderInfo, PriorInfo, prior_info
+from psd.models.priors.table import PRIORS, DecoderInfo, PriorInfo, decoder_of, prior_info
 from psd.models.rewards.table import REWARDS, RewardInfo, reward_terms
 
 ModelInfo = PriorInfo | DecoderInfo | RewardInfo
@@ -19,7 +19,7 @@ ModelInfo = PriorInfo | DecoderInfo | RewardInfo
 def models_of(prior: str, fast_decoder: bool) -> dict[str, PriorInfo | DecoderInfo]:
     """The prior and, where asked and there is one for its latents, its small decoder, by name. Raises RequestError."""
     info = prior_info(prior)
-    decoder = info.fast_decoder if fast_decoder else None
+    decoder = decoder_of(prior, fast_decoder)
     return {prior: info} | ({decoder.source.name: decoder} if decoder else {})
 
 

@@ -58,6 +58,7 @@ def sample_views(
     from tqdm.auto import tqdm
 
     scheduler, views, images = make_scheduler(), prior.views, []
+    n = prior.embed([""])[0] if negative is None else negative.to(prior.device)
     scheduler.set_timesteps(steps)
     for start in tqdm(range(0, len(captions), batch), desc=f"sampling, gamma {gamma:g}", mininterval=5):
         part = captions[start : start + batch]
@@ -66,10 +67,7 @@ def sample_views(
             for i in range(len(part))
         ]
         x = torch.cat(noises).to(prior.device)
-        prompt, empty = prior.embed(part).repeat_interleave(views, 0), negative
-        if negative is None:
-            (empty,) = prior.embed([""])
-        against = empty.to(prior.device).expand(len(x), -1, -1)
+        prompt, against = prior.embed(part).repeat_interleave(views, 0), n.expand(len(x), -1, -1)
         camera = camera_embedding(cameras[slice(start * views, start * views + len(x))].c2w).to(prior.device)
         for t in scheduler.timesteps:
             eps_y, eps_n = prior.eps(x, t, prompt, camera), prior.eps(x, t, against, camera)

@@ -112,6 +112,11 @@ PRIORS: dict[str, PriorInfo] = {
 }  # fmt: skip
 
 
+def decoder_of(prior: str, fast_decoder: bool) -> DecoderInfo | None:
+    """The small decoder that a run uses: where it is asked for and one is known of the prior's latents."""
+    return prior_info(prior).fast_decoder if fast_decoder else None
+
+
 def prior_info(name: str) -> PriorInfo:
     """The table's row, or one made for a local diffusers folder or a hub id. Raises RequestError."""
     if name in PRIORS:
