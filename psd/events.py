@@ -1,7 +1,7 @@
 """What `psd.generate` yields. Plain data on the CPU: safe to pickle, to show, to write.
 
 Order of a run: `Downloading` while models are fetched that are used for the first time, one `Started`, then `Step`s
-with `Preview`s between them, then one `Finished`.
+with `Preview`s between them, of an object one `Shown`, then one `Finished`.
 A cancelled generator ends without `Finished`; what was made stays in `Started.directory`.
 """
 
@@ -54,6 +54,13 @@ class Preview:
 
     step: int
     image: np.ndarray  # uint8 [H, arms * W, 3]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The folder holds every arm's scores, picture and mesh (psd.record.read); what takes longer is being written."""
+
+    directory: Path
 
 
 class ArmResult(NamedTuple):

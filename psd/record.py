@@ -17,7 +17,7 @@ import json
 import logging
 import math
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -50,6 +50,7 @@ KINDS = {
     "picture": ".png", "negative": "_negative.safetensors", "glb": ".glb", "views": "_views.png",
     "turntable": ".mp4", "ply": ".ply", "obj": ".zip",
 }  # fmt: skip
+LOOKED_AT_FIRST = ("picture", "negative", "glb")  # the kinds written of every arm before any other
 KEPT_PREVIEWS = 20
 MAX_SETTINGS_BYTES = 1_000_000
 
@@ -103,36 +104,57 @@ class Record:
 
     def write(
         self, stage: Stage | None, rewards: dict[str, Reward], seconds: float, stopped: str, failed: bool = False
-    ) -> None:
+    ) -> Iterator[None]:
         """metrics.csv and run.json first, then scores and files of every arm, each under its own guard.
 
-        What fails becomes a remark, and the others stay. `stage` None: there is nothing to show, or nobody waits.
+        Yields where the folder holds what is looked at first, of all arms, and more follows. What fails becomes a
+        remark, and the others stay. `stage` None: there is nothing to show, or nobody waits.
         """
         if self.begun:  # interrupted while it wrote: what is there stays
             stage = None
         self.begun = True
-        self._guarded(METRICS, lambda: export_metrics(self.directory / METRICS, self.rows))
-        for state in ("abandoned",) if stage is None else ("writing", "done"):
-            if state == "done":
-                for name in stage.arms:
-                    self._write_arm(stage, name, rewards)
+
+        def manifest(state: str) -> None:
             about = self._manifest(state, seconds, stopped, failed)
-            self._guarded(MANIFEST, lambda about=about: export_json(self.directory / MANIFEST, about))
+            self._guarded(MANIFEST, lambda: export_json(self.directory / MANIFEST, about))
+
+        self._guarded(METRICS, lambda: export_metrics(self.directory / METRICS, self.rows))
+        manifest("abandoned" if stage is None else "writing")
+        if stage is None:
+            return
+        later: dict[str, list[Artefact]] = {}
+        for name in stage.arms:
+            artefacts = self._artefacts(stage, name)
+            later[name] = [each for each in artefacts if each.kind not in LOOKED_AT_FIRST]
+            self._score(stage, name, rewards)
+            self._write_files(name, [each for each in artefacts if each.kind in LOOKED_AT_FIRST])
+        if any(later.values()):
+            manifest("writing")
+            yield
+        for name, artefacts in later.items():
+            self._write_files(name, artefacts)
+        manifest("done")
 
     def check_heard(self) -> None:
         """Raise Abandoned where nobody waits any more: no further file is worth its seconds."""
         if not self.heard():
             raise Abandoned
 
-    def _write_arm(self, stage: Stage, name: str, rewards: dict[str, Reward]) -> None:
+    def _score(self, stage: Stage, name: str, rewards: dict[str, Reward]) -> None:
         scores: dict[str, float] = {}
         if rewards:
             self._guarded(f"scores of {name}", lambda: scores.update(scores_of(*stage.scored(name), rewards)))
-        result = ArmResult(None, scores, {}, {})
-        about = {**self.settings, "arm": name, "scores": scores}
+        self.arms[name] = ArmResult(None, scores, {}, {})
+
+    def _artefacts(self, stage: Stage, name: str) -> list[Artefact]:
         artefacts = list(stage.artefacts(name))
         if learns_negative(stage.arms[name].config):
             artefacts.insert(1, Artefact("negative", partial(self._write_negative, stage.arms[name])))
+        return artefacts
+
+    def _write_files(self, name: str, artefacts: list[Artefact]) -> None:
+        result = self.arms[name]
+        about = {**self.settings, "arm": name, "scores": result.scores}
         for artefact in artefacts:
             self.check_heard()
             path = self.directory / f"{name}{KINDS[artefact.kind]}"

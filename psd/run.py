@@ -22,7 +22,7 @@ from psd.config import MODES, RunConfig, arms_of
 from psd.contracts import Models, Reward, Stage
 from psd.distil import State, distil
 from psd.errors import Abandoned, RequestError, is_out_of_memory
-from psd.events import Downloading, Finished, Preview, Started, Step
+from psd.events import Downloading, Finished, Preview, Shown, Started, Step
 from psd.methods import METHODS
 from psd.models.hub import OWNER, Access
 from psd.models.needs import fetch_models
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 MEASURED_STEPS = 25  # rewards of all arms are measured this often in a run, and at every preview
 BUDGET_SHARE = 0.9  # of the time budget goes to loading and the loop, the rest to scores and files
 
-Event = Downloading | Started | Step | Preview | Finished
+Event = Downloading | Started | Step | Preview | Shown | Finished
 
 
 def generate(
@@ -53,7 +53,7 @@ def generate(
     stop: Callable[[], str] = lambda: "",
     heard: Callable[[], bool] = lambda: True,
 ) -> Iterator[Event]:
-    """Run `config`; yields Downloading, Started, Steps with Previews, Finished (psd.events).
+    """Run `config`; yields Downloading, Started, Steps with Previews, Shown, Finished (psd.events).
 
     Files go to a new folder under `output_root` ("outputs"). Whoever is no owner may name files below `uploads` alone.
     `deadline_s` ends the loop as the config's own budget does; `stop` is asked after each step, and ends it with the
@@ -90,11 +90,14 @@ def generate(
                 break
         seconds = clock.seconds
         record.remarks += unscored(record.rows)
-        record.write(stage, rewards, seconds, stopped, failed)
+        for _ in record.write(stage, rewards, seconds, stopped, failed):
+            yield Shown(record.directory)
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)  # what a failed step held: it may be what there was no room for
         stopped, failed = ending(error, len(record.rows), config.steps)
-        record.write(None if isinstance(error, Abandoned) else stage, {}, clock.seconds, stopped, failed)
+        shown = None if isinstance(error, Abandoned) else stage
+        for _ in record.write(shown, {}, clock.seconds, stopped, failed):
+            pass  # nobody is told any more
         raise
     finally:
         states.close()

@@ -15,7 +15,7 @@ from psd import RunConfig, generate, record
 from psd.contracts import Models
 from psd.distil import distil
 from psd.errors import RequestError
-from psd.events import Finished, Preview, Started, Step
+from psd.events import Finished, Preview, Shown, Started, Step
 from psd.models.priors import load_prior
 from psd.models.priors.mvdream import MVDreamPrior, start_from
 from psd.models.priors.table import prior_info
@@ -108,6 +108,29 @@ def test_closing_exports_the_last_state(config: RunConfig, tmp_path: Path):
     found = record.read(started.directory)
     assert found.stopped == "Cancelled after step 2 of 50." and list(found.arms) == ["with"]
     assert list(found.arms["with"].files) == list(record.KINDS)
+
+
+def test_every_arm_can_be_looked_at_before_any_slower_file_is_written(config: RunConfig, tmp_path: Path):
+    running = generate(replace(config, steps=2), tmp_path)
+    (shown,) = [event for event in running if isinstance(event, Shown) and first_look(event.directory)]
+    running.close()
+    assert record.read(shown.directory).state == "done"
+
+
+def first_look(directory: Path) -> bool:
+    """Whether the folder is as it should be when a run says that it can be looked at."""
+    found = record.read(directory)
+    kinds = {name: list(arm.files) for name, arm in found.arms.items()}
+    assert found.state == "writing" and all(arm.scores and arm.picture for arm in found.arms.values())
+    return kinds == {"with": ["picture", "negative", "glb"], "without": ["picture", "glb"]}
+
+
+def test_who_leaves_while_slower_files_are_written_keeps_the_meshes(config: RunConfig, tmp_path: Path):
+    running = generate(replace(config, steps=2), tmp_path)
+    shown = next(event for event in running if isinstance(event, Shown))
+    running.close()
+    found = record.read(shown.directory)
+    assert found.state == "abandoned" and all("glb" in arm.files for arm in found.arms.values())
 
 
 def test_a_codec_that_fails_costs_the_turntable_alone(config: RunConfig, tmp_path: Path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from psd.config import ARMS, FIELDS, RunConfig
 from psd.events import ArmResult
 from psd.record import Result
 from psd.ui import form, parts, show, theme
+from psd.ui.watch import View
 
 TAG = "<img src=//host.invalid/x>"
 
@@ -48,7 +50,7 @@ def visible(update: Any) -> bool:
 )
 def test_the_first_arm_stands_beside_the_baseline_and_any_two_can_be_chosen_from_three_on(arms, pair):
     page = shown(result_of(*arms))
-    assert page["pair"] == pair
+    assert page["looked_at"] == ("/runs/one", *pair)
     assert visible(page["slider"]) == (len(arms) > 1) and visible(page["single"]) == (len(arms) == 1)
     assert visible(page["chooser"]) == (len(arms) > 2) == ("figure" in page["gallery"])
     if len(arms) > 2:
@@ -60,7 +62,7 @@ def test_the_first_arm_stands_beside_the_baseline_and_any_two_can_be_chosen_from
 
 def test_a_run_without_any_picture_keeps_its_preview_and_says_why():
     page = shown(result_of("with", kinds=(), remarks=("with.png could not be made: no space left.",)))
-    assert page["preview"] == gr.skip() and page["pair"] == ()
+    assert page["preview"] == gr.skip() and page["looked_at"] == ("/runs/one",)
     assert "no space left" in page["status"]
 
 
@@ -79,6 +81,22 @@ def test_a_run_without_any_picture_keeps_its_preview_and_says_why():
 def test_the_status_says_how_a_run_ended_by_its_manifest(about, headline):
     line = parts.end_status(result_of("with", **about))
     assert f"<b>{headline}</b>" in line and about.get("stopped", "") in line
+
+
+def test_a_run_that_is_looked_at_already_moves_nothing_at_its_end(monkeypatch: pytest.MonkeyPatch):
+    first = result_of("with", "without", kinds=("picture", "glb"))
+    rest = result_of("with", "without", kinds=("picture", "glb", "turntable"))
+    read = iter([replace(first, state="writing"), rest])
+    monkeypatch.setattr(show, "read", lambda directory: next(read))
+    running = View(RunConfig(), directory=Path("/runs/one"))
+    looked_at = replace(running, shown=True)
+    pages = [
+        {name: value for name, value in zip(show.OUTPUTS, page, strict=True) if value != gr.skip()}
+        for page in show.shows([running, looked_at, looked_at, replace(looked_at, finished=True)])
+    ]
+    assert pages[1]["looked_at"] == ("/runs/one", "with", "without") and "archives follow" in pages[1]["status"]
+    assert pages[2] == {} and set(pages[3]) == {"status", "files"}
+    assert "<b>Done</b>" in pages[3]["status"] and "with-turntable" in pages[3]["files"]
 
 
 def test_scores_have_a_column_an_arm_and_the_change_against_the_baseline():

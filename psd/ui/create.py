@@ -172,7 +172,7 @@ def build_results() -> tuple[dict[str, Any], dict[str, Any]]:
     outputs["files"] = html(elem_id="files")
     outputs["charts"] = html(elem_id="charts")
     outputs["directory"] = gr.State(None)
-    outputs["pair"] = gr.State(())
+    outputs["looked_at"] = gr.State(())  # the run's folder and the arms under the slider
     return {name: outputs[name] for name in OUTPUTS}, models
 
 

@@ -95,6 +95,8 @@ def end_status(result: Result, warnings: Sequence[str] = ()) -> str:
         parts.append(f"<span>{seconds(result.seconds)}</span>")
     if "seed" in result.settings:
         parts.append(f"<span>seed {escape(str(result.settings['seed']))}</span>")
+    if result.state == "writing":
+        parts.append("<span>turntable and archives follow</span>")
     share = result.steps_done / max(steps, 1) if result.stopped else 1.0
     remarks = [*warnings, *([result.stopped] if result.stopped else []), *result.remarks]
     return status("".join(parts) + notes(remarks), share, "stopped" if result.stopped else "done")

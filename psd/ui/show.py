@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ SIDES = ("left", "right")  # of the slider, the viewers and the turntables: two 
 MODELS = ("left_model", "right_model")
 # What a run changes, in the order of every update below.
 OUTPUTS = ("status", "preview", "gallery", "chooser", "left", "right", "slider", "angle", "single", "object",
-           "left_video", "right_video", "scores", "files", "charts", "directory", "pair")  # fmt: skip
+           "left_video", "right_video", "scores", "files", "charts", "directory", "looked_at")  # fmt: skip
 HIDDEN = {"visible": False}
 
 
@@ -45,13 +45,13 @@ def show_cleared(config: RunConfig) -> list[Any]:
     label = "Preview: " + " | ".join(map(arm_label, arm_names(config.arms)))
     return updates(
         status=parts.status("Waiting for the device…"), preview=gr.update(value=None, visible=True, label=label),
-        gallery="", scores="", files="", charts="", directory=None, pair=(), **hidden,
+        gallery="", scores="", files="", charts="", directory=None, looked_at=(), **hidden,
     )  # fmt: skip
 
 
 def show(view: View) -> list[Any]:
-    """A run at one moment; at its end everything that its folder holds."""
-    if view.finished:
+    """A run at one moment; everything that its folder holds once there is something to look at, and at its end."""
+    if view.finished or view.shown:
         return show_end(read(view.directory), view.warnings)
     config = view.config
     return updates(
@@ -60,6 +60,26 @@ def show(view: View) -> list[Any]:
         charts=parts.charts(view.rows, config.steps, config.reward, arm_names(config.arms)),
         directory=str(view.directory) if view.directory else gr.skip(),
     )
+
+
+def shows(views: Iterable[View]) -> Iterator[list[Any]]:
+    """`show` of every View that differs from the one before; of a repeated one nothing is sent again."""
+    last = None
+    for view in views:
+        yield updates() if view is last else show_rest(view) if last and last.shown else show(view)
+        last = view
+
+
+def show_rest(view: View) -> list[Any]:
+    """The end of a run that is looked at already: what came since, and nothing that a visitor may have turned."""
+    result = read(view.directory)
+    return updates(status=parts.end_status(result, view.warnings), files=parts.downloads(result))
+
+
+def show_turntables(looked_at: Sequence[str]) -> list[Any]:
+    """Those of the pair: written after what is looked at first, when other arms may have been chosen."""
+    shown = of_pair(*shown_pair(looked_at))
+    return updates(**{name: value for name, value in shown.items() if name != "slider"})
 
 
 def show_end(result: Result, warnings: tuple[str, ...] = ()) -> list[Any]:
@@ -83,7 +103,7 @@ def show_end(result: Result, warnings: tuple[str, ...] = ()) -> list[Any]:
         files=parts.downloads(result),
         charts=parts.charts(result.rows, steps, target, list(result.arms)) or gr.skip(),
         directory=str(result.directory),
-        pair=pair,
+        looked_at=(str(result.directory), *pair),
         **sides,
         **of_pair(result, pair),
     )
@@ -121,21 +141,23 @@ def capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def shown_pair(directory: str | None, pair: Sequence[str]) -> tuple[Result, Sequence[str]]:
-    """The run on the page and the two arms that are looked at; none where its files have been tidied away."""
+def shown_pair(looked_at: Sequence[str]) -> tuple[Result, Sequence[str]]:
+    """The run on the page and the arms that are looked at; none where its files have been tidied away."""
+    directory, *pair = looked_at or ("",)
     result = read(Path(directory)) if directory else Result(Path())
     return result, pair if all(name in result.arms and result.arms[name].picture for name in pair) else ()
 
 
 def show_pair(directory: str | None, left: str, right: str) -> list[Any]:
     """Two other arms under the slider."""
-    result, pair = shown_pair(directory, (left, right))
-    return updates(pair=pair, **of_pair(result, pair)) if pair else updates()
+    looked_at = (directory or "", left, right)
+    result, pair = shown_pair(looked_at)
+    return updates(looked_at=looked_at, **of_pair(result, pair)) if pair else updates()
 
 
-def show_models(directory: str | None, pair: Sequence[str]) -> list[Any]:
+def show_models(looked_at: Sequence[str]) -> list[Any]:
     """The meshes of the pair. An event of its own: a generator whose last item holds a new mesh blanks the viewers."""
-    result, pair = shown_pair(directory, pair)
+    result, pair = shown_pair(looked_at)
     changed = [gr.update(value=None, **HIDDEN) for _ in MODELS]
     end = ": drag to turn both" if len(pair) == 2 else ""
     for i, name in enumerate(pair):
@@ -151,9 +173,9 @@ def show_camera(turned: gr.Model3D) -> dict[str, Any]:
     return gr.update(camera_position=turned.camera_position)
 
 
-def show_angle(directory: str | None, pair: Sequence[str], angle_deg: float) -> Any:
+def show_angle(looked_at: Sequence[str], angle_deg: float) -> Any:
     """Both objects at an angle of their turntables, side by side under the slider."""
-    result, pair = shown_pair(directory, pair)
+    result, pair = shown_pair(looked_at)
     videos = [result.arms[name].files.get("turntable") for name in pair]
     if len(videos) < 2 or not all(videos):
         return gr.skip()

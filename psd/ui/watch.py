@@ -24,7 +24,7 @@ import torch
 
 from psd.config import MODES, RunConfig
 from psd.errors import Abandoned, RequestError, is_out_of_memory
-from psd.events import Downloading, Finished, Preview, Started, Step
+from psd.events import Downloading, Finished, Preview, Shown, Started, Step
 from psd.models.hub import STRANGER
 from psd.models.needs import fetch_models, missing_models
 from psd.models.priors import load_prior
@@ -57,6 +57,7 @@ class View:
     rows: tuple[dict[str, float], ...] = ()
     warnings: tuple[str, ...] = ()
     waiting: bool = False  # for another run to leave the device
+    shown: bool = False  # the folder holds what is looked at first
     finished: bool = False
 
 
@@ -160,7 +161,9 @@ class Run(threading.Thread):
         )  # fmt: skip
         with contextlib.closing(events):
             for event in events:
-                urgent = isinstance(event, Started | Finished) or (isinstance(event, Preview) and view.preview is None)
+                urgent = isinstance(event, Started | Shown | Finished) or (
+                    isinstance(event, Preview) and view.preview is None
+                )
                 view = seen(view, event, rows)
                 if isinstance(event, Step):
                     self.done, stepped_at = event.step, time.monotonic()
@@ -185,6 +188,8 @@ def seen(view: View, event: Event, rows: list[dict[str, float]]) -> View:
         case Preview():
             with contextlib.suppress(OSError):  # a full disk: the run goes on without being seen
                 return replace(view, preview=write_preview(view.directory, event))
+        case Shown():
+            return replace(view, shown=True)
         case Finished():
             return replace(view, finished=True)
     return view

@@ -43,6 +43,8 @@ from psd.ui.show import (
     show_end,
     show_models,
     show_pair,
+    show_turntables,
+    shows,
 )
 from psd.ui.watch import clear_errors, fetch, stop, watch
 
@@ -54,15 +56,12 @@ LIGHT = {**PRIVATE, "concurrency_limit": 8, "show_progress": "hidden"}
 
 def connect(demo: gr.Blocks, header: gr.HTML, page: Page) -> None:
     """All events of the Create tab."""
-    outputs = page.outputs
-    # Of whatever was put on the page: the viewers of meshes, by an event after the one that shows everything else.
-    models = (show_models, [outputs["directory"], outputs["pair"]], list(page.models.values()))
-    connect_run(page, models)
+    connect_run(page)
     connect_form(demo, page)
-    connect_results(header, page, models)
+    connect_results(header, page)
 
 
-def connect_run(page: Page, models: tuple) -> None:
+def connect_run(page: Page) -> None:
     """Run and Stop."""
     form, galleries, directory = page.form, page.galleries, page.outputs["directory"]
     inputs, results = list(page.controls.values()), list(page.outputs.values())
@@ -86,14 +85,12 @@ def connect_run(page: Page, models: tuple) -> None:
     remember = (remember_run, [directory, galleries["history"]], [galleries["history"], galleries["runs"]])
     chosen = [page.controls[name] for name in ("prior", "reward", "fast_decoder")]
     notes = (models_used, chosen, [form["models"], form["allow_download"]])
-    ended = run.success(idle, None, buttons, **LIGHT)
+    ended = run.success(idle, None, buttons, **LIGHT).then(show_turntables, page.outputs["looked_at"], results, **LIGHT)
     broken = run.failure(show_broken, directory, results, **LIGHT).then(idle, None, buttons, **LIGHT)
     fetched.failure(show_broken, directory, results, **LIGHT).then(idle, None, buttons, **LIGHT)
     estimate = (lambda *values: estimate_of(named(values)), inputs, form["estimate"])
     for end in (ended, broken):
-        end.then(*models, **LIGHT).then(*remember, **LIGHT).then(*notes, **LIGHT).then(
-            *estimate, preprocess=False, **LIGHT
-        )
+        end.then(*remember, **LIGHT).then(*notes, **LIGHT).then(*estimate, preprocess=False, **LIGHT)
 
 
 def connect_form(demo: gr.Blocks, page: Page) -> None:
@@ -120,17 +117,19 @@ def connect_form(demo: gr.Blocks, page: Page) -> None:
     demo.load(restore_link, None, restored, **LIGHT)
 
 
-def connect_results(header: gr.HTML, page: Page, models: tuple) -> None:
+def connect_results(header: gr.HTML, page: Page) -> None:
     """Looking at what is there: other arms, other angles, other runs."""
     outputs, galleries = page.outputs, page.galleries
     results = list(outputs.values())
-    directory, pair = outputs["directory"], outputs["pair"]
+    directory, looked_at = outputs["directory"], outputs["looked_at"]
     gr.on(
         [outputs[side].input for side in SIDES], show_pair, [directory, *(outputs[side] for side in SIDES)], results,
         **LIGHT,
-    ).then(*models, **LIGHT)  # fmt: skip
+    )  # fmt: skip
+    # Of whatever was put on the page: while a run still writes its last files, its meshes can be turned.
+    looked_at.change(show_models, looked_at, list(page.models.values()), **LIGHT)
     outputs["angle"].input(
-        show_angle, [directory, pair, outputs["angle"]], outputs["slider"], trigger_mode="always_last", **LIGHT
+        show_angle, [looked_at, outputs["angle"]], outputs["slider"], trigger_mode="always_last", **LIGHT
     )
     turned = dict(zip(MODELS, (header.left_turned, header.right_turned)))
     for one, other in (MODELS, MODELS[::-1]):
@@ -146,8 +145,8 @@ def connect_results(header: gr.HTML, page: Page, models: tuple) -> None:
         return show_again(read(Path(history[event.index])))
 
     again = [*page.controls.values(), page.form["randomise"], *results]
-    galleries["examples"].select(show_example, None, again, **LIGHT).then(*models, **LIGHT)
-    galleries["runs"].select(show_run, galleries["history"], again, **LIGHT).then(*models, **LIGHT)
+    galleries["examples"].select(show_example, None, again, **LIGHT)
+    galleries["runs"].select(show_run, galleries["history"], again, **LIGHT)
 
 
 def check_form(*values: Any) -> None:
@@ -187,8 +186,7 @@ def run_form(token: str, *values: Any) -> Iterator[list[Any]]:
     """The Run button: one update of the page per View, until `stop(token)`. The last value is `allow_download`."""
     *settings, allow_download = values
     with clear_errors():
-        for view in watch(checked(named(settings)), allow_download, token):
-            yield show(view)
+        yield from shows(watch(checked(named(settings)), allow_download, token))
 
 
 def stop_run(token: str) -> dict[str, Any]:
