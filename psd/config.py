@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, no_type_check
 
 MAX_PROMPT_CHARS = 1000
 MAX_SEED = 2**31 - 1
+MAX_IMAGES = 8
 FINER_FROM = 0.5  # of a run: where render_size_end and grid_size_end begin
 
 
@@ -63,6 +64,8 @@ class RunConfig:
     reward: str = setting("toybox/preference",
         "Reward model that ranks the two noised copies (the target), or a weighted mixture: a + 0.5 b.")
     seed: int = setting(0, "Seed of every random number of the run.", low=0, high=MAX_SEED)
+    images: int = setting(1, "Pictures in one run, of as many seeds from this one on; an object is one.",
+        label="Pictures", low=1, high=MAX_IMAGES)
     arms: str = setting("with, without",
         "What runs side by side, on one seed and the same noises; the first is the run itself.", label="Compare")
 

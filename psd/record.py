@@ -29,7 +29,7 @@ from PIL import Image
 from torch import Tensor
 
 import psd
-from psd.config import LOCAL, RunConfig, todays
+from psd.config import LOCAL, MAX_IMAGES, RunConfig, todays
 from psd.contracts import Artefact
 from psd.embedding import export_embedding, read_embedding
 from psd.errors import Abandoned, RequestError
@@ -47,10 +47,11 @@ log = logging.getLogger(__name__)
 
 MANIFEST, METRICS, PREVIEWS = "run.json", "metrics.csv", "previews"
 KINDS = {
-    "picture": ".png", "negative": "_negative.safetensors", "glb": ".glb", "views": "_views.png",
-    "turntable": ".mp4", "ply": ".ply", "obj": ".zip",
+    "picture": ".png", **{f"picture_{number}": f"_{number}.png" for number in range(2, MAX_IMAGES + 1)},
+    "negative": "_negative.safetensors", "glb": ".glb", "views": "_views.png", "turntable": ".mp4", "ply": ".ply",
+    "obj": ".zip",
 }  # fmt: skip
-LOOKED_AT_FIRST = ("picture", "negative", "glb")  # the kinds written of every arm before any other
+SLOW = ("views", "turntable", "ply", "obj")  # the kinds that are written once every arm can be looked at
 KEPT_PREVIEWS = 20
 MAX_SETTINGS_BYTES = 1_000_000
 
@@ -125,9 +126,9 @@ class Record:
         later: dict[str, list[Artefact]] = {}
         for name in stage.arms:
             artefacts = self._artefacts(stage, name)
-            later[name] = [each for each in artefacts if each.kind not in LOOKED_AT_FIRST]
+            later[name] = [each for each in artefacts if each.kind in SLOW]
             self._score(stage, name, rewards)
-            self._write_files(name, [each for each in artefacts if each.kind in LOOKED_AT_FIRST])
+            self._write_files(name, [each for each in artefacts if each.kind not in SLOW])
         if any(later.values()):
             manifest("writing")
             yield
@@ -149,8 +150,8 @@ class Record:
     def _artefacts(self, stage: Stage, name: str) -> list[Artefact]:
         artefacts = list(stage.artefacts(name))
         if learns_negative(stage.arms[name].config):
-            artefacts.insert(1, Artefact("negative", partial(self._write_negative, stage.arms[name])))
-        return artefacts
+            artefacts.append(Artefact("negative", partial(self._write_negative, stage.arms[name])))
+        return sorted(artefacts, key=lambda each: list(KINDS).index(each.kind))
 
     def _write_files(self, name: str, artefacts: list[Artefact]) -> None:
         result = self.arms[name]

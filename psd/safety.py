@@ -187,6 +187,8 @@ def check_mode(config: RunConfig) -> None:
             f"for mode {config.mode} choose {suited} or a local multi-view folder.",
             "prior",
         )
+    if config.mode == "3d" and config.images > 1:
+        raise RequestError(f"images must be 1 in mode 3d, got {config.images}: an object takes a run.", "images")
     if config.mode == "image" and config.steps > MAX_IMAGE_STEPS:
         raise RequestError(
             f"steps must be a whole number from 2 to {MAX_IMAGE_STEPS} in mode image, got {config.steps}.", "steps"

@@ -25,6 +25,7 @@ from psd.safety import check_request
 from tests.gaussian import PlainReward
 from tests.test_priors import make_prior_folder
 
+OBJECT_KINDS = [kind for kind in record.KINDS if not kind.startswith("picture_")]
 ARM_FILES = [".png", "_views.png", ".mp4", ".glb", ".ply", ".zip"]
 
 
@@ -91,7 +92,7 @@ def test_files(events: list, config: RunConfig):
     assert found.arms == last.arms and found.state == "done" and len(found.rows) == 4
     assert all(path.stat().st_size > 0 for path in found.files)
     one = last.arms["with"]
-    assert list(one.files) == list(record.KINDS) and set(one.scores) == {"toybox/preference", "toybox/judge"}
+    assert list(one.files) == OBJECT_KINDS and set(one.scores) == {"toybox/preference", "toybox/judge"}
     with Image.open(one.picture) as front:
         assert front.size == (256, 256)
     assert RunConfig.from_dict(record.settings_of(one.files["glb"])) == config
@@ -107,7 +108,7 @@ def test_closing_exports_the_last_state(config: RunConfig, tmp_path: Path):
     running.close()
     found = record.read(started.directory)
     assert found.stopped == "Cancelled after step 2 of 50." and list(found.arms) == ["with"]
-    assert list(found.arms["with"].files) == list(record.KINDS)
+    assert list(found.arms["with"].files) == OBJECT_KINDS
 
 
 def test_every_arm_can_be_looked_at_before_any_slower_file_is_written(config: RunConfig, tmp_path: Path):
@@ -141,7 +142,7 @@ def test_a_codec_that_fails_costs_the_turntable_alone(config: RunConfig, tmp_pat
     monkeypatch.setattr(pictures, "export_turntable", broken)
     *_, last = generate(replace(config, steps=2, arms="with"), tmp_path)
     assert last.remarks == ("with.mp4 could not be made: ValueError.",)
-    assert list(last.arms["with"].files) == [kind for kind in record.KINDS if kind != "turntable"]
+    assert list(last.arms["with"].files) == [kind for kind in OBJECT_KINDS if kind != "turntable"]
 
 
 def test_an_object_without_a_surface_has_pictures_and_says_why_it_has_no_mesh(config: RunConfig, tmp_path: Path):

@@ -14,12 +14,14 @@ import torch
 from PIL import Image
 
 from psd import RunConfig, generate, record
+from psd.config import MAX_SEED
 from psd.errors import Abandoned, RequestError
 from psd.events import Finished, Preview, Started, Step
 from psd.export import PNG_KEY
 from psd.models.priors import load_prior
 from psd.models.rewards import load_reward
 from psd.modes import image
+from psd.ui.parts import picture_grid
 
 CONFIG = RunConfig.from_preset(prompt="a red mushroom with a white stem", steps=6, seed=3)
 
@@ -111,6 +113,20 @@ def test_an_arm_does_not_depend_on_which_others_run_beside_it(events: list, tmp_
     assert len({arm.picture.read_bytes() for arm in many.arms.values()}) == 6
     rewards = [row for row in record.read(many.directory).rows[-1] if row.startswith("reward_") and "-" not in row]
     assert {"reward_with", "reward_without", "reward_selection"} <= set(rewards)
+
+
+def test_several_pictures_are_those_of_as_many_seeds_and_each_restores_its_own(tmp_path: Path):
+    events = list(generate(replace(CONFIG, images=3, seed=MAX_SEED - 1), tmp_path))
+    kinds, arm = ("picture", "picture_2", "picture_3"), events[-1].arms["with"]
+    assert list(arm.files) == [*kinds, "negative"]
+    assert {event.image.shape for event in events if isinstance(event, Preview)} == {(3 * 128, 256, 3)}
+    alone = [RunConfig.from_dict(record.settings_of(arm.files[kind])) for kind in kinds]
+    assert [(one.seed, one.images) for one in alone] == [(MAX_SEED - 1, 1), (MAX_SEED, 1), (0, 1)]
+    for one, kind in zip(alone, kinds):  # rows of a batch are those of single runs but for their last bits
+        difference = pixels(arm.files[kind]).astype(int) - picture(run(one, tmp_path))
+        assert np.abs(difference).max() <= 8 and np.abs(difference).mean() < 0.1
+    grid = picture_grid(events[-1].arms, 5)
+    assert grid.count("<img") == 6 and "with preference, seed 7" in grid
 
 
 def test_preference_switched_off_reproduces_the_plain_arm(events: list, tmp_path: Path):

@@ -48,6 +48,7 @@ def test_every_preset_passes(preset: str):
 
 def test_an_image_has_no_more_steps_than_the_schedule():
     check_request(config_with(steps=1000))
+    assert refusal(mode="3d", prior="toybox/mvdream", images=2).startswith("images must be 1 in mode 3d, got 2")
     assert refusal(steps=1001) == "steps must be a whole number from 2 to 1000 in mode image, got 1001."
 
 

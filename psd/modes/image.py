@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from psd import guidance
-from psd.config import RunConfig
+from psd.config import MAX_SEED, RunConfig
 from psd.contracts import Answer, Arm, Artefact, Ask, Drawn, Guided, Models, Observed, Setup
 from psd.errors import RequestError
 from psd.export import export_png, to_uint8
@@ -42,7 +43,8 @@ class Latents:
 
 
 class ImageStage:
-    """Every arm's latents. `prompts` and `seeds`, one each a sample, are the config's where they are not given.
+    """Every arm's latents. `prompts` and `seeds`, one each a sample, are the config's where they are not given: its
+    seed and those that follow, as many as it wants images.
 
     One generator a sample, so that a batch draws what single runs would; t is drawn by the first.
     """
@@ -58,7 +60,8 @@ class ImageStage:
         seeds: list[int] | None = None,
     ) -> None:
         self.config, self.models, prior = config, models, models.prior
-        self.prompts, self.seeds = prompts or [config.prompt], seeds or [config.seed]
+        self.prompts = prompts or [config.prompt] * config.images
+        self.seeds = seeds or [(config.seed + index) % (MAX_SEED + 1) for index in range(config.images)]
         self.generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
         self.schedule, total = NoiseSchedule(prior.alphas_cumprod), len(prior.alphas_cumprod)
         self.timesteps = descending_timesteps(config.steps, config.t_max, config.t_min, total).tolist()
@@ -127,8 +130,8 @@ class ImageStage:
         return {name: self.models.decode(latents.x_c).float() for name, latents in self.latents.items()}
 
     def preview(self, views: dict[str, Float[Tensor, "B 3 H W"]]) -> UInt8[np.ndarray, "height width 3"]:
-        """The arms' first pictures side by side."""
-        return to_uint8(torch.cat([images[0] for images in views.values()], dim=-1))
+        """The arms side by side, a row a seed."""
+        return to_uint8(torch.cat([torch.cat(list(images), -2) for images in views.values()], -1))
 
     @torch.no_grad()
     def pictures(self, arm: str) -> Float[Tensor, "B 3 H W"]:
@@ -139,10 +142,15 @@ class ImageStage:
         return self.pictures(arm), self.prompts
 
     def artefacts(self, arm: str) -> Iterator[Artefact]:
-        def write(path: Path, about: dict[str, Any]) -> None:
-            export_png(path, to_uint8(self.pictures(arm)[0]), about)
+        """Every sample's picture, with the settings that make it alone."""
 
-        yield Artefact("picture", write)
+        made = cache(lambda: to_uint8(self.pictures(arm)))
+
+        def write(index: int, path: Path, about: dict[str, Any]) -> None:
+            export_png(path, made()[index], about | {"seed": self.seeds[index], "images": 1})
+
+        for index in range(len(self.seeds)):
+            yield Artefact(f"picture_{index + 1}" if index else "picture", partial(write, index))
 
     def _sample_noise(self) -> Float[Tensor, "B C h w"]:
         prior, size = self.models.prior, self.config.image_size

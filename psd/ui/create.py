@@ -102,6 +102,7 @@ def build_settings() -> tuple[dict[str, Any], dict[str, Any]]:
             form["randomise"] = gr.Checkbox(
                 True, label="Randomise seed", info="The seed used is written back.", elem_id="randomise"
             )
+            controls["images"] = control("images")
         controls["arms"] = control("arms")
     for group, title in GROUPS.items():
         with gr.Accordion(title, open=False, visible=group != "object") as form[f"{group}_settings"]:

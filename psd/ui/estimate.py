@@ -64,8 +64,9 @@ TOYBOX_GB, PICTURE_GB, RENDER_GB, HASHED_GB, GRID_GB = 0.4, 0.03, 0.01, 0.17, 0.
 PUBLISHED_GB = {"image": 12, "3d": 16}  # of a model that no table knows, both arms
 
 # What a step's time depends on, besides whether n and a loss are switched on.
-KEY = ("mode", "prior", "reward", "arms", "method", "image_size", "pref_interval", "negative_interval", "field",
-       "grid_size", "grid_size_end", "render_size", "render_size_end", "samples", "fast_decoder", "rank")  # fmt: skip
+KEY = ("mode", "prior", "reward", "arms", "method", "image_size", "images", "pref_interval", "negative_interval",
+       "field", "grid_size", "grid_size_end", "render_size", "render_size_end", "samples", "fast_decoder",
+       "rank")  # fmt: skip
 SWITCHES = ("negative_lr", "pref_weight", "lambda_rgb", "lambda_orient", "lambda_orient_end", "lambda_solid",
             "lambda_z_variance", "lambda_smooth")  # fmt: skip
 
@@ -102,9 +103,9 @@ def work_of(config: RunConfig) -> float:
     measured = MEASURED[mode] * min(1.0, 2 * MEASURED_STEPS / config.steps)
     work = sum(guided_work(arm) + measured for arm in arms)
     if mode == "image":
-        work *= (config.image_size / 128 if config.image_size and family_of(config) == "toybox" else 1.0) ** (
-            2 * PIXELS_POWER
-        )
+        work *= config.images * (
+            config.image_size / 128 if config.image_size and family_of(config) == "toybox" else 1.0
+        ) ** (2 * PIXELS_POWER)
     work *= PUBLISHED[mode] if family_of(config) == "published" else 1.0
     return work + (sum(map(scene_work, arms)) if mode == "3d" else 0.0)
 
@@ -137,7 +138,7 @@ def export_work(config: RunConfig) -> float:
     """Of the files and scores of all arms."""
     if config.mode == "image":
         scale = PUBLISHED["image"] if family_of(config) == "published" else 1.0
-        return EXPORT["image"] * scale * len(arm_names(config.arms))
+        return EXPORT["image"] * scale * config.images * len(arm_names(config.arms))
     pictures = EXPORT_VIEWS * config.samples * (6.0 if config.field == "hashgrid" else 1.0)
     return (EXPORT["3d"] + pictures) * len(arm_names(config.arms))
 
@@ -272,9 +273,9 @@ def memory_gb(config: RunConfig) -> float:
     scene_gb = (count + 1) * field_gb if config.mode == "3d" else 0.0
     if family_of(config) == "toybox":
         picture_gb = PICTURE_GB * (config.image_size / 128) ** 2 if config.mode == "image" else 0.0
-        return TOYBOX_GB + scene_gb + picture_gb * (count if torch.cuda.is_available() else 1)
+        return TOYBOX_GB + scene_gb + picture_gb * config.images * (count if torch.cuda.is_available() else 1)
     known = prior_info(config.prior).gpu_gb or PUBLISHED_GB[config.mode]
-    larger = (config.image_size / 512) ** 2 if config.mode == "image" and config.image_size else 1.0
+    larger = config.images * ((config.image_size / 512) ** 2 if config.image_size else 1.0)
     width = 1.0 if torch.cuda.is_available() else 1.5  # float32
     return width * (known * (0.6 + 0.4 * max(larger, 1.0)) + 0.5 * max(0, count - 2)) + scene_gb
 

@@ -18,7 +18,7 @@ from psd.events import ArmResult
 from psd.methods import METHODS
 from psd.models.priors.table import PRIORS
 from psd.models.rewards.table import REWARDS, reward_terms
-from psd.record import Result
+from psd.record import KINDS, Result
 from psd.ui.form import ALLOW_DOWNLOAD_HELP, arm_label, help_line
 from psd.ui.plots import Series, line_chart
 from psd.ui.watch import View
@@ -44,8 +44,8 @@ TARGET_TAG = '<span class="psd-tag target">target</span>'
 MEMBER_TAG = '<span class="psd-tag target">part of the target</span>'
 BASELINE = "without"  # changes are told against this arm where it ran, else against the last one
 FILES = {
-    "picture": "PNG", "negative": "Learned n", "glb": "GLB", "ply": "PLY", "obj": "OBJ", "turntable": "MP4",
-    "views": "Views",
+    "picture": "PNG", **{kind: f"PNG {kind[8:]}" for kind in KINDS if kind.startswith("picture_")},
+    "negative": "Learned n", "glb": "GLB", "ply": "PLY", "obj": "OBJ", "turntable": "MP4", "views": "Views",
 }  # fmt: skip
 HELD_OUT_TAG = '<span class="psd-tag">held-out: reward-hacking check</span>'
 
@@ -146,15 +146,31 @@ def key(arm: str) -> str:
     return f"<i class='s-{escape(arm, quote=True)}'></i>{escape(arm_label(arm))}"
 
 
-def picture_grid(arms: Mapping[str, ArmResult]) -> str:
-    """Every arm's picture with its name."""
-    figures = "".join(
-        f"<figure><img src='{file_url(arm.picture)}' alt='{escape(arm_label(name), quote=True)}' loading='lazy'>"
-        f"<figcaption class='psd-key'>{key(name)}</figcaption></figure>"
-        for name, arm in arms.items()
-        if arm.picture
-    )
-    return f"<div class='psd-grid'>{figures}</div>"
+def picture_grid(arms: Mapping[str, ArmResult], seed: int | None = None) -> str:
+    """Every arm's picture with its name; of several pictures an arm those of one seed beside each other."""
+    count = max((sum(kind.startswith("picture") for kind in arm.files) for arm in arms.values()), default=0)
+    if count < 2:
+        figures = "".join(
+            f"<figure>{thumbnail(arm.picture, arm_label(name))}<figcaption class='psd-key'>{key(name)}</figcaption>"
+            "</figure>"
+            for name, arm in arms.items()
+            if arm.picture
+        )
+        return f"<div class='psd-grid'>{figures}</div>"
+    figures = ""
+    for number in range(1, count + 1):
+        kind, which = f"picture_{number}" if number > 1 else "picture", number if seed is None else seed + number - 1
+        row = "".join(
+            thumbnail(arm.files[kind], f"{arm_label(name)}, seed {which}") for name, arm in arms.items()
+            if kind in arm.files
+        )  # fmt: skip
+        figures += f"<figure><div>{row}</div><figcaption>seed {which}</figcaption></figure>"
+    names = "".join(f"<span class='psd-key'>{key(name)}</span>" for name in arms)
+    return f"<p class='psd-caption'>{names}</p><div class='psd-grid rows'>{figures}</div>"
+
+
+def thumbnail(picture: Path, about: str) -> str:
+    return f"<img src='{file_url(picture)}' alt='{escape(about, quote=True)}' loading='lazy'>"
 
 
 def downloads(result: Result) -> str:
