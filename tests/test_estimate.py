@@ -58,11 +58,11 @@ def test_a_run_that_did_not_step_teaches_nothing():
     "change",
     [
         dict(arms="with"), dict(arms="with, selection"), dict(method="sds"), dict(prior="org/name"),
-        dict(reward="toybox/judge"), dict(image_size=256), dict(images=4), dict(pref_interval=3), dict(negative_interval=2),
-        dict(negative_lr=0.0), dict(field="hashgrid"), dict(grid_size=96), dict(render_size=80),
-        dict(grid_size_end=160), dict(render_size_end=160), dict(samples=96), dict(lambda_rgb=0.0),
-        dict(lambda_orient=1.0), dict(lambda_orient_end=1.0), dict(lambda_z_variance=1.0), dict(lambda_smooth=0.0),
-        dict(fast_decoder=False),
+        dict(reward="toybox/judge"), dict(image_size=256), dict(images=4), dict(pref_interval=3),
+        dict(negative_interval=2), dict(negative_lr=0.0), dict(field="hashgrid"), dict(grid_size=96),
+        dict(render_size=80), dict(grid_size_end=160), dict(render_size_end=160), dict(samples=96),
+        dict(lambda_rgb=0.0), dict(lambda_orient=1.0), dict(lambda_orient_end=1.0), dict(lambda_z_variance=1.0),
+        dict(lambda_smooth=0.0), dict(fast_decoder=False),
     ],
     ids=lambda change: ", ".join(change),
 )  # fmt: skip
@@ -77,9 +77,10 @@ def test_a_picture_is_not_taken_for_an_object():
 @pytest.mark.parametrize(
     ("mode", "change"),
     [
-        ("image", dict(arms="with, without, selection, no-negative")), ("image", dict(image_size=256)), ("image", dict(images=4)),
-        ("3d", dict(arms="with, without, selection")), ("3d", dict(render_size=160)), ("3d", dict(grid_size=128)),
-        ("3d", dict(samples=96)), ("3d", dict(field="hashgrid")), ("3d", dict(pref_interval=1)),
+        ("image", dict(arms="with, without, selection, no-negative")), ("image", dict(image_size=256)),
+        ("image", dict(images=4)), ("3d", dict(arms="with, without, selection")), ("3d", dict(render_size=160)),
+        ("3d", dict(grid_size=128)), ("3d", dict(samples=96)), ("3d", dict(field="hashgrid")),
+        ("3d", dict(pref_interval=1)),
     ],
     ids=lambda value: str(value),
 )  # fmt: skip

@@ -115,7 +115,7 @@ class ImageStage:
         """Move every arm, or none where one breaks down: the last good state stays."""
         alpha_t, sigma_t = self.schedule.alpha_t(drawn.t), self.schedule.sigma_t(drawn.t)
         moved = {name: self.latents[name].moved(each.g, alpha_t, sigma_t) for name, each in guided.items()}
-        if not all(torch.isfinite(x_c).all() for x_c in moved.values()):
+        if not torch.stack([torch.isfinite(x_c).all() for x_c in moved.values()]).all():  # one wait for all
             return "numbers overflowed; lower gamma, pref_weight or lr."
         for name, x_c in moved.items():
             self.latents[name].x_c, self.latents[name].k = x_c, guided[name].eps_cfg

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
 from psd.config import FINER_FROM, RunConfig
@@ -101,12 +101,15 @@ class Sculpture:
             moments["exp_avg_sq"] = share**2 * upsampled(moments["exp_avg_sq"], resolution)
             state[field.voxels] = moments
 
-    def advance(self, opacity: float, share: float) -> str:
+    def is_finite(self) -> Bool[Tensor, ""]:
+        """Whether every gradient is."""
+        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        return torch.stack([torch.isfinite(gradient).all() for gradient in gradients]).all()
+
+    def advance(self, opacity: float, finite: bool, share: float) -> str:
         """One optimiser step, left out where a gradient is not finite; what is wrong once that has gone on."""
         for group, rate in zip(self.optimizer.param_groups, self.rates):
             group["lr"] = rate * annealed_rate(self.config.lr_end, share)
-        gradients = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        finite = bool(torch.stack([torch.isfinite(gradient).all() for gradient in gradients]).all())  # one wait for all
         if finite:
             self.optimizer.step()
         settled = share > 0.1  # a field may fill or empty the box on its way
@@ -206,10 +209,16 @@ class ObjectStage:
         for sculpture in self.sculptures.values():
             sculpture.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        # Only now numbers that the host waits for: a GPU had all of the step queued.
         self.renders = {name: seen.rgb.detach() for name, seen in observed.renders.items()}
-        self.opacity = {name: seen.opacity.mean().item() for name, seen in observed.renders.items()}
-        failures = [each.advance(self.opacity[name], drawn.share) for name, each in self.sculptures.items()]
+        # Only now numbers that the host waits for, all at once: a GPU had the whole step queued.
+        opacity = [seen.opacity.mean() for seen in observed.renders.values()]
+        finite = [each.is_finite().to(opacity[0].dtype) for each in self.sculptures.values()]
+        numbers = torch.stack([*opacity, *finite]).tolist()
+        self.opacity = dict(zip(self.sculptures, numbers))
+        failures = [
+            each.advance(self.opacity[name], bool(fine), drawn.share)
+            for (name, each), fine in zip(self.sculptures.items(), numbers[len(opacity) :])
+        ]
         return next(filter(None, failures), "")
 
     def report(self, arm: str) -> dict[str, float]:
