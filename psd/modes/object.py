@@ -243,7 +243,7 @@ class ObjectStage:
         return views, [self.config.prompt] * len(views)
 
     def artefacts(self, arm: str) -> Iterator[Artefact]:
-        scene, samples, size = self.sculptures[arm].scene, self.config.samples, 2 * self.models.prior.image_size
+        scene, samples, size = self.sculptures[arm].scene, self.config.samples, self.models.prior.image_size
 
         def mesh() -> Mesh:
             views = pictures.painting_views(scene, self.frame, size, samples)

@@ -7,6 +7,7 @@ about.
 
 from __future__ import annotations
 
+import math
 import threading
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from psd.scene.texture import CHUNK, Atlas, Views, baked, painter, unwrapped
 
 SLACK = 0.01  # of the object's outline: what a mesh's silhouette may be worse than the best level's
 MIN_PART = 0.03  # surface of a part that is kept, relative to the largest one: an object beside another, no floaters
+FACE_TEXELS, MIN_TEXTURE_PX = 20, 256  # at 12,000 triangles of a grid of 48 four times as many change no colour
 
 _DECIMATION_LOCK = threading.Lock()
 
@@ -48,7 +50,7 @@ def extract_mesh(
     resolution: int = 128,
     threshold: float | str = "auto",
     target_faces: int = 20_000,
-    texture_px: int = 1024,
+    texture_px: int = 0,
     views: Views | None = None,
 ) -> Mesh:
     """The surface of a field's density with the colours that a render of it shows.
@@ -56,6 +58,7 @@ def extract_mesh(
     resolution    grid points along each side of the box
     threshold     density of the surface, or "auto": `silhouette_threshold`
     target_faces  more are decimated
+    texture_px    side of the texture; 0: the power of two that gives every triangle FACE_TEXELS on average, or more
     views         renders that its colours are taken from, where they see it; None: all along the normals
 
     Raises EmptyScene where no surface is found, and ValueError on a threshold that is no positive number.
@@ -73,6 +76,7 @@ def extract_mesh(
     rgb = paint(vertices, normals)
     check_finite("colour", rgb)
     colours = to_bytes(rgb)
+    texture_px = texture_px or max(2 ** math.ceil(math.log2(FACE_TEXELS * len(faces)) / 2), MIN_TEXTURE_PX)
     atlas = unwrapped(vertices, faces, texture_px)
     texture = baked(paint, vertices, normals, colours, atlas, texture_px)
     reason = open_because(faces)
