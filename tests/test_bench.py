@@ -310,3 +310,11 @@ def test_each_bench_keeps_its_flags(monkeypatch, capsys):
     assert capsys.readouterr().out == "report('cpu', False, 7, ['3d'], False)\n"
     assert told["bench"] is scene and (told["seeds"], told["prompts"]) == (1, scene.PROMPTS)
     assert told["steps"] is None and told["preset"] == scene.PRESET
+
+
+def test_a_short_column_says_how_far_and_how_surely_in_a_word():
+    plain = np.random.default_rng(0).normal(0, 1, (40, 2))
+    found = {"plain": {"x": plain}, "full": {"x": plain + plain.std()}}
+    *_, first, second = paired.table(found, {"x": paired.Column("x", 2, short=True)}, {}).splitlines()
+    assert first == f"| plain | {plain.mean():.2f} |" and second.endswith("<br>+1.00 sd ** |")
+    assert paired.short_change(plain, plain) == "+0.00 sd"

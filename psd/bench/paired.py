@@ -40,11 +40,12 @@ NEGATIVE_RATES = (1e-3, 4e-2, 1e-1)  # of n: the paper's Fig. 3; at the largest 
 class Column(NamedTuple):
     title: str
     digits: int
+    short: bool = False  # of a change only its size in standard deviations, with a star for p < 0.05, two for p < 0.001
 
 
 # What every table measures: the rewards' means, and the instruments' axes of taste.
 JUDGED = {"target": Column("target reward", 2), "judge": Column("held-out judge", 2)} | {
-    axis: Column(axis, 2) for axis in AXES
+    axis: Column(axis, 2, short=True) for axis in AXES
 }
 
 Rows = dict[str, tuple[str, dict[str, Any]]]  # title -> a name of psd.config.ARMS, and settings beyond that arm's
@@ -187,6 +188,14 @@ def change(values: Float[np.ndarray, "P S"], plain: Float[np.ndarray, "P S"], di
     return f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}] ({', '.join(sizes)})"
 
 
+def short_change(values: Float[np.ndarray, "P S"], plain: Float[np.ndarray, "P S"]) -> str:
+    """Paired difference in standard deviations of the plain arm's values, with the stars of a short Column."""
+    p = p_value(values - plain)
+    return (
+        f"{(values - plain).mean() / max(plain.std(), 1e-12):+.2f} sd{' **' if p < 1e-3 else ' *' if p < 0.05 else ''}"
+    )
+
+
 def table(
     found: Found, columns: dict[str, Column], extra: dict[str, dict[str, str]], against: dict[str, str] | None = None
 ) -> str:
@@ -199,11 +208,13 @@ def table(
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for arm, values in found.items():
         cells = []
-        for name, (_, digits) in columns.items():
+        for name, (_, digits, short) in columns.items():
             mean, low, high = interval(values[name])
-            cell = f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+            cell = f"{mean:.{digits}f}" if short else f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
             if arm in against:
-                cell += f"<br>{change(values[name], found[against[arm]][name], digits)}"
+                plain = found[against[arm]][name]
+                moved = short_change(values[name], plain) if short else change(values[name], plain, digits)
+                cell += f"<br>{moved}"
             cells.append(cell)
         cells += [cell_of.get(arm, "") for cell_of in extra.values()]
         lines.append(f"| {arm} | {' | '.join(cells)} |")
