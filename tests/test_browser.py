@@ -76,7 +76,7 @@ def test_run_from_prompt_to_slider(browser: Browser, app_url: str, tmp_path: Pat
     drawn(page, 2, "With preference", "Without")
 
     scores = page.locator("#scores").inner_text()
-    assert "target" in scores and "held-out: reward-hacking check" in scores
+    assert "target" in scores and "held-out judge" in scores
     assert page.locator("#seed input").input_value() in status
     for name in ("PNG, with preference", "PNG, without", "metrics.csv, whole run", "run.json, whole run"):
         assert page.get_by_role("link", name=name, exact=True).is_visible()

@@ -13,6 +13,7 @@ from psd.config import ARMS, FIELDS, RunConfig
 from psd.events import ArmResult
 from psd.record import Result
 from psd.ui import form, parts, show, theme
+from psd.ui.examples import load_examples
 from psd.ui.watch import View
 
 TAG = "<img src=//host.invalid/x>"
@@ -58,6 +59,14 @@ def test_the_first_arm_stands_beside_the_baseline_and_any_two_can_be_chosen_from
         assert (page["left"]["value"], page["right"]["value"]) == pair
     if len(arms) > 1:
         assert [Path(path).name for path in page["slider"]["value"]] == [f"{arm}-picture" for arm in pair]
+
+
+def test_the_page_opens_with_a_finished_pair_of_pictures_and_one_of_objects():
+    page = show.opening(load_examples())
+    assert len(page["slider"]["value"]) == 2 and all(Path(path).is_file() for path in page["slider"]["value"])
+    assert all(Path(page[name]["value"]).suffix == ".mp4" and page[name]["visible"] for name in show.OPENING[1:])
+    assert "Press Run" in page["status"]["value"] and "<table" in page["scores"]["value"]
+    assert list(show.opening([])) == ["status"]
 
 
 def test_a_run_without_any_picture_keeps_its_preview_and_says_why():

@@ -12,12 +12,10 @@ from psd.config import FIELDS, MODES, PRESETS, RunConfig
 from psd.models.priors.table import PRIORS
 from psd.models.rewards.table import EXAMPLE, REWARDS
 from psd.modes.pictures import TURNTABLE_FRAMES
-from psd.ui import parts
 from psd.ui.examples import Example
 from psd.ui.form import GROUPS, NAMES, control, download_box, model_note
-from psd.ui.show import MODELS, OUTPUTS, SIDES
+from psd.ui.show import MODELS, OUTPUTS, SIDES, opening
 
-IDLE = "Ready. Enter a prompt and press Run."
 HELP = {
     "preset": "Settings to start from.",
     "prior": "Diffusion model to distil; any Stable Diffusion of the hub can be typed, as org/name.",
@@ -44,7 +42,7 @@ def build_create(shown: list[Example], prompts: list[dict[str, Any]]) -> Page:
         with gr.Column(elem_id="ask", min_width=0):
             asked, form = build_question(prompts)
         with gr.Column(elem_id="results", min_width=0):
-            outputs, models = build_results()
+            outputs, models = build_results(opening(shown))
             galleries = build_galleries(shown)
         with gr.Column(elem_id="settings", min_width=0):
             chosen, more = build_settings()
@@ -67,8 +65,9 @@ def build_question(prompts: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[
             label=FIELDS["mode"].label, show_label=False, elem_id="mode",
         )  # fmt: skip
         prompt = gr.Textbox(
-            label="Prompt", lines=2, max_lines=5, placeholder="a red mushroom with a white stem", elem_id="prompt"
-        )
+            next((saved["prompt"] for saved in prompts), ""), label="Prompt", lines=2, max_lines=5,
+            placeholder="what to draw, such as a blue chair with yellow legs", elem_id="prompt",
+        )  # fmt: skip
         negative = gr.Textbox(
             label="Negative prompt", placeholder="optional: what to move away from", elem_id="negative_prompt",
             info="The learned negative embedding starts here.",
@@ -134,44 +133,57 @@ def dropdown(name: str, choices: Iterable[str], custom: bool = False) -> gr.Drop
     )  # fmt: skip
 
 
-def build_results() -> tuple[dict[str, Any], dict[str, Any]]:
-    """Right column: (what a run changes, by the names of OUTPUTS; the viewers of meshes)."""
+def build_results(opening: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Right column: (what a run changes, by the names of OUTPUTS; the viewers of meshes).
+
+    What is looked at stands beside what explains it; `opening` is on the page before the first run (show.opening).
+    """
     outputs: dict[str, Any] = {}
-    outputs["status"] = html(parts.status(IDLE, kind="idle"), elem_id="status")
-    outputs["preview"] = gr.Image(
-        label="Preview", interactive=False, buttons=["fullscreen"], elem_id="preview", elem_classes="picture"
-    )
+
+    def opened(name: str) -> dict[str, Any]:
+        return {"visible": False, **opening.get(name, {})}
+
+    outputs["status"] = html(**opening.get("status", {}), elem_id="status")
+    with gr.Row(equal_height=False, elem_id="outcome"):
+        with gr.Column(elem_id="shown", min_width=0):
+            outputs["preview"] = gr.Image(
+                label="Preview", interactive=False, buttons=["fullscreen"], elem_id="preview", elem_classes="picture",
+                visible="slider" not in opening,
+            )  # fmt: skip
+            outputs["slider"] = gr.ImageSlider(
+                interactive=False, buttons=["fullscreen"], elem_id="slider", elem_classes="picture", max_height=560,
+                **opened("slider"),
+            )  # fmt: skip
+            outputs["angle"] = gr.Slider(
+                0, 360, 0, step=360 / TURNTABLE_FRAMES, label="Both from the same angle (degrees)", visible=False,
+                elem_id="angle",
+            )  # fmt: skip
+            outputs["single"] = gr.Image(
+                interactive=False, visible=False, buttons=["fullscreen"], elem_id="single", elem_classes="picture"
+            )
+            models = {}
+            with (
+                gr.Group(visible=False, elem_id="object") as outputs["object"],
+                gr.Row(elem_classes="pair", elem_id="models"),
+            ):
+                for name in MODELS:
+                    models[name] = gr.Model3D(
+                        interactive=False, height=280, clear_color=(0.86, 0.88, 0.90, 1.0), min_width=140, elem_id=name
+                    )
+            with gr.Row(visible=False, elem_classes="pair", elem_id="chooser") as outputs["chooser"]:
+                for side in SIDES:
+                    outputs[side] = gr.Dropdown([], label=f"On the {side}", elem_id=side, filterable=False, min_width=0)
+            with gr.Row(elem_classes="pair"):
+                for side in SIDES:
+                    outputs[f"{side}_video"] = gr.Video(
+                        autoplay=True, loop=True, interactive=False, buttons=[], min_width=140, height=240,
+                        elem_id=f"{side}_video", **opened(f"{side}_video"),
+                    )  # fmt: skip
+        with gr.Column(elem_id="why", min_width=0):
+            outputs["scores"] = html(**opening.get("scores", {}), elem_id="scores")
+            outputs["charts"] = html(**opening.get("charts", {}), elem_id="charts")
     outputs["gallery"] = html(elem_id="gallery")
-    with gr.Row(visible=False, elem_classes="pair", elem_id="chooser") as outputs["chooser"]:
-        for side in SIDES:
-            outputs[side] = gr.Dropdown([], label=f"On the {side}", elem_id=side, filterable=False, min_width=0)
-    outputs["slider"] = gr.ImageSlider(
-        interactive=False, visible=False, buttons=["fullscreen"], elem_id="slider", elem_classes="picture",
-        max_height=560,
-    )  # fmt: skip
-    outputs["angle"] = gr.Slider(
-        0, 360, 0, step=360 / TURNTABLE_FRAMES, label="Both from the same angle (degrees)", visible=False,
-        elem_id="angle",
-    )  # fmt: skip
-    outputs["single"] = gr.Image(
-        interactive=False, visible=False, buttons=["fullscreen"], elem_id="single", elem_classes="picture"
-    )
-    models = {}
-    with gr.Group(visible=False, elem_id="object") as outputs["object"]:
-        with gr.Row(elem_classes="pair", elem_id="models"):
-            for name in MODELS:
-                models[name] = gr.Model3D(
-                    interactive=False, height=320, clear_color=(0.86, 0.88, 0.90, 1.0), min_width=140, elem_id=name
-                )
-        with gr.Row(elem_classes="pair"):
-            for side in SIDES:
-                outputs[f"{side}_video"] = gr.Video(
-                    autoplay=True, loop=True, interactive=False, buttons=[], min_width=140, height=240,
-                    elem_id=f"{side}_video",
-                )  # fmt: skip
-    outputs["scores"] = html(elem_id="scores")
     outputs["files"] = html(elem_id="files")
-    outputs["charts"] = html(elem_id="charts")
     outputs["directory"] = gr.State(None)
     outputs["looked_at"] = gr.State(())  # the run's folder and the arms under the slider
     return {name: outputs[name] for name in OUTPUTS}, models

@@ -27,13 +27,9 @@ PAPER = "https://arxiv.org/abs/2603.01594"
 
 HEADER = f"""
 <header class="psd-header">
-<p class="psd-eyebrow">Text to image and text to 3D, guided by a reward</p>
 <h1>Preference Score Distillation</h1>
-<p>At every step the picture, or four views of the object, is noised twice and a reward model says which of the two
-denoised guesses it likes better. The difference of the two guided noise predictions, <b>δ<sub>pref</sub></b>, steers
-the next step towards the winner, and the negative prompt's embedding is learned on the same reward. You see the
-<b>same seed, same noises</b> with and without this guidance, and a <b>held-out judge</b> that is never optimised tells
-real improvement from reward hacking.
+<p>A reward model says at every step which of two noised copies it likes better, and the next step goes its way: see the
+<b>same seed with and without</b>, and a <b>judge</b> that was never optimised.
 <a href="{PAPER}" target="_blank" rel="noopener">Read the paper</a></p>
 </header>
 """
@@ -47,7 +43,7 @@ FILES = {
     "picture": "PNG", **{kind: f"PNG {kind[8:]}" for kind in KINDS if kind.startswith("picture_")},
     "negative": "Learned n", "glb": "GLB", "ply": "PLY", "obj": "OBJ", "turntable": "MP4", "views": "Views",
 }  # fmt: skip
-HELD_OUT_TAG = '<span class="psd-tag">held-out: reward-hacking check</span>'
+HELD_OUT_TAG = '<span class="psd-tag">held-out judge</span>'
 
 
 def status(text: str, share: float = 0.0, kind: str = "busy") -> str:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT = 340, 200  # user units of the viewBox, close to the drawn pixels so that text keeps its size
+WIDTH, HEIGHT = 340, 150  # user units of the viewBox, close to the drawn pixels so that text keeps its size
 LEFT, RIGHT, TOP, BOTTOM = 36, 8, 8, 32
 MAX_POINTS = 240
 

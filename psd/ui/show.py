@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from psd.config import RunConfig, arm_names
+from psd.config import MODES, RunConfig, arm_names
 from psd.errors import RequestError
 from psd.events import ArmResult
 from psd.record import Result, read
 from psd.scene.turntable import read_frame
 from psd.ui import parts
 from psd.ui.estimate import estimate_s, gpu_seconds, gpu_steps
+from psd.ui.examples import Example
 from psd.ui.form import arm_label, checked
 from psd.ui.watch import ON_ZERO_GPU, View
 
@@ -24,6 +26,8 @@ MODELS = ("left_model", "right_model")
 OUTPUTS = ("status", "preview", "gallery", "chooser", "left", "right", "slider", "angle", "single", "object",
            "left_video", "right_video", "scores", "files", "charts", "directory", "looked_at")  # fmt: skip
 HIDDEN = {"visible": False}
+OPENING = ("slider", "left_video", "right_video")
+IDLE = "Ready. Enter a prompt and press Run."
 
 
 def updates(**changed: Any) -> list[Any]:
@@ -39,9 +43,30 @@ def told(text: str) -> list[Any]:
     return updates(status=parts.status(text, kind="stopped"))
 
 
+def opening(shown: Sequence[Example]) -> dict[str, dict[str, Any]]:
+    """What the page opens with, by the outputs' names: a finished pair of pictures, and one of objects that turn."""
+    page: dict[str, dict[str, Any]] = {"status": {"value": parts.status(IDLE, kind="idle")}}
+    results = {
+        mode: [r for each in shown if (r := read(each.directory)).settings.get("mode") == mode] for mode in MODES
+    }
+    if not (results["image"] and results["3d"]):
+        return page
+    picture, turning = results["image"][0], results["3d"][0]
+    seen = dict(zip(OUTPUTS, show_end(picture), strict=True))
+    turned = of_pair(turning, compared(list(turning.arms)))
+    page |= {name: {"value": seen[name]} for name in ("scores", "charts")}
+    page |= {name: dict(given) for name, given in {**turned, "slider": seen["slider"]}.items() if name in OPENING}
+    for given in page.values():
+        given.pop("__type__", None)
+    prompts = " and ".join(f"“{escape(each.settings['prompt'])}”" for each in (picture, turning))
+    page["status"] = {"value": parts.status(f"<b>Press Run to draw your own</b><span>{prompts}, drawn before</span>")}
+    return page
+
+
 def show_cleared(config: RunConfig) -> list[Any]:
     """The page before a run."""
     hidden = {name: gr.update(**HIDDEN) for name in ("chooser", "slider", "angle", "single", "object")}
+    hidden |= {f"{side}_video": gr.update(value=None, **HIDDEN) for side in SIDES}
     label = "Preview: " + " | ".join(map(arm_label, arm_names(config.arms)))
     return updates(
         status=parts.status("Waiting for the device…"), preview=gr.update(value=None, visible=True, label=label),
