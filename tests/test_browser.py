@@ -155,6 +155,7 @@ def test_stop_keeps_the_partial_result_and_run_works_again(browser: Browser, app
 
 def test_refusals_links_and_dropped_files(browser: Browser, app_url: str, tmp_path: Path):
     page, faults = open_page(browser, app_url, 1440, "light")
+    page.get_by_label("Prompt", exact=True).fill("")
     page.locator("#run").click()
     page.get_by_text("prompt is empty").wait_for()
     assert page.locator("#run").is_enabled()
