@@ -116,15 +116,16 @@ def test_an_arm_does_not_depend_on_which_others_run_beside_it(events: list, tmp_
 
 
 def test_several_pictures_are_those_of_as_many_seeds_and_each_restores_its_own(tmp_path: Path):
-    events = list(generate(replace(CONFIG, images=3, seed=MAX_SEED - 1), tmp_path))
+    config = replace(CONFIG, images=3, seed=MAX_SEED - 1, negative_lr=0.0)  # Adam would enlarge last bits
+    events = list(generate(config, tmp_path))
     kinds, arm = ("picture", "picture_2", "picture_3"), events[-1].arms["with"]
-    assert list(arm.files) == [*kinds, "negative"]
+    assert list(arm.files) == list(kinds)
     assert {event.image.shape for event in events if isinstance(event, Preview)} == {(3 * 128, 256, 3)}
     alone = [RunConfig.from_dict(record.settings_of(arm.files[kind])) for kind in kinds]
     assert [(one.seed, one.images) for one in alone] == [(MAX_SEED - 1, 1), (MAX_SEED, 1), (0, 1)]
     for one, kind in zip(alone, kinds):  # rows of a batch are those of single runs but for their last bits
-        difference = pixels(arm.files[kind]).astype(int) - picture(run(one, tmp_path))
-        assert np.abs(difference).max() <= 8 and np.abs(difference).mean() < 0.1
+        own, others = pixels(arm.files[kind]).astype(int), pixels(arm.files[kinds[kinds.index(kind) - 1]])
+        assert np.abs(own - picture(run(one, tmp_path))).mean() < 0.5 < np.abs(own - others).mean()
     grid = picture_grid(events[-1].arms, 5)
     assert grid.count("<img") == 6 and "with preference, seed 7" in grid
 
