@@ -15,6 +15,8 @@ from typing import Any, NamedTuple, no_type_check
 MAX_PROMPT_CHARS = 1000
 MAX_SEED = 2**31 - 1
 MAX_IMAGES = 8
+# What each picture of a run is called among an arm's files.
+PICTURES = ("picture", *(f"picture_{number}" for number in range(2, MAX_IMAGES + 1)))
 FINER_FROM = 0.5  # of a run: where render_size_end and grid_size_end begin
 
 
@@ -244,6 +246,11 @@ ARMS: dict[str, dict[str, Any]] = {
     "paper-form":    dict(pref_form="paper"),
     "negative-only": dict(method="negative"),
 }  # fmt: skip
+
+
+def seeds_of(seed: int, images: int) -> list[int]:
+    """The seeds of a run's pictures: its own and those that follow; after the last one the first."""
+    return [(seed + index) % (MAX_SEED + 1) for index in range(images)]
 
 
 def arm_names(arms: str) -> list[str]:

@@ -29,7 +29,7 @@ from PIL import Image
 from torch import Tensor
 
 import psd
-from psd.config import LOCAL, MAX_IMAGES, RunConfig, todays
+from psd.config import LOCAL, PICTURES, RunConfig, todays
 from psd.contracts import Artefact
 from psd.embedding import export_embedding, read_embedding
 from psd.errors import Abandoned, RequestError
@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 
 MANIFEST, METRICS, PREVIEWS = "run.json", "metrics.csv", "previews"
 KINDS = {
-    "picture": ".png", **{f"picture_{number}": f"_{number}.png" for number in range(2, MAX_IMAGES + 1)},
+    **{kind: f"{kind.removeprefix('picture')}.png" for kind in PICTURES},
     "negative": "_negative.safetensors", "glb": ".glb", "views": "_views.png", "turntable": ".mp4", "ply": ".ply",
     "obj": ".zip",
 }  # fmt: skip

@@ -14,7 +14,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from psd import guidance
-from psd.config import MAX_SEED, RunConfig
+from psd.config import PICTURES, RunConfig, seeds_of
 from psd.contracts import Answer, Arm, Artefact, Ask, Drawn, Guided, Models, Observed, Setup
 from psd.errors import RequestError
 from psd.export import export_png, to_uint8
@@ -61,7 +61,7 @@ class ImageStage:
     ) -> None:
         self.config, self.models, prior = config, models, models.prior
         self.prompts = prompts or [config.prompt] * config.images
-        self.seeds = seeds or [(config.seed + index) % (MAX_SEED + 1) for index in range(config.images)]
+        self.seeds = seeds or seeds_of(config.seed, config.images)
         self.generators = [torch.Generator().manual_seed(seed) for seed in self.seeds]
         self.schedule, total = NoiseSchedule(prior.alphas_cumprod), len(prior.alphas_cumprod)
         self.timesteps = descending_timesteps(config.steps, config.t_max, config.t_min, total).tolist()
@@ -149,8 +149,8 @@ class ImageStage:
         def write(index: int, path: Path, about: dict[str, Any]) -> None:
             export_png(path, made()[index], about | {"seed": self.seeds[index], "images": 1})
 
-        for index in range(len(self.seeds)):
-            yield Artefact(f"picture_{index + 1}" if index else "picture", partial(write, index))
+        for index, kind in enumerate(PICTURES[: len(self.seeds)]):
+            yield Artefact(kind, partial(write, index))
 
     def _sample_noise(self) -> Float[Tensor, "B C h w"]:
         prior, size = self.models.prior, self.config.image_size

@@ -133,22 +133,22 @@ def dropdown(name: str, choices: Iterable[str], custom: bool = False) -> gr.Drop
     )  # fmt: skip
 
 
-def build_results(opening: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def build_results(first: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Right column: (what a run changes, by the names of OUTPUTS; the viewers of meshes).
 
-    What is looked at stands beside what explains it; `opening` is on the page before the first run (show.opening).
+    What is looked at stands beside what explains it; `first` is on the page before any run (show.opening).
     """
     outputs: dict[str, Any] = {}
 
     def opened(name: str) -> dict[str, Any]:
-        return {"visible": False, **opening.get(name, {})}
+        return {"visible": False, **first.get(name, {})}
 
-    outputs["status"] = html(**opening.get("status", {}), elem_id="status")
+    outputs["status"] = html(**first.get("status", {}), elem_id="status")
     with gr.Row(equal_height=False, elem_id="outcome"):
         with gr.Column(elem_id="shown", min_width=0):
             outputs["preview"] = gr.Image(
                 label="Preview", interactive=False, buttons=["fullscreen"], elem_id="preview", elem_classes="picture",
-                visible="slider" not in opening,
+                visible="slider" not in first,
             )  # fmt: skip
             outputs["slider"] = gr.ImageSlider(
                 interactive=False, buttons=["fullscreen"], elem_id="slider", elem_classes="picture", max_height=560,
@@ -180,8 +180,8 @@ def build_results(opening: dict[str, Any]) -> tuple[dict[str, Any], dict[str, An
                         elem_id=f"{side}_video", **opened(f"{side}_video"),
                     )  # fmt: skip
         with gr.Column(elem_id="why", min_width=0):
-            outputs["scores"] = html(**opening.get("scores", {}), elem_id="scores")
-            outputs["charts"] = html(**opening.get("charts", {}), elem_id="charts")
+            outputs["scores"] = html(**first.get("scores", {}), elem_id="scores")
+            outputs["charts"] = html(**first.get("charts", {}), elem_id="charts")
     outputs["gallery"] = html(elem_id="gallery")
     outputs["files"] = html(elem_id="files")
     outputs["directory"] = gr.State(None)

@@ -12,13 +12,13 @@ from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
-from psd.config import FIELDS, MODES, PRESETS, RunConfig, arm_names
+from psd.config import FIELDS, MODES, PICTURES, PRESETS, RunConfig, arm_names, seeds_of
 from psd.errors import RequestError
 from psd.events import ArmResult
 from psd.methods import METHODS
 from psd.models.priors.table import PRIORS
 from psd.models.rewards.table import REWARDS, reward_terms
-from psd.record import KINDS, Result
+from psd.record import Result
 from psd.ui.form import ALLOW_DOWNLOAD_HELP, arm_label, help_line
 from psd.ui.plots import Series, line_chart
 from psd.ui.watch import View
@@ -40,7 +40,7 @@ TARGET_TAG = '<span class="psd-tag target">target</span>'
 MEMBER_TAG = '<span class="psd-tag target">part of the target</span>'
 BASELINE = "without"  # changes are told against this arm where it ran, else against the last one
 FILES = {
-    "picture": "PNG", **{kind: f"PNG {kind[8:]}" for kind in KINDS if kind.startswith("picture_")},
+    "picture": "PNG", **{kind: f"PNG {kind.removeprefix('picture_')}" for kind in PICTURES[1:]},
     "negative": "Learned n", "glb": "GLB", "ply": "PLY", "obj": "OBJ", "turntable": "MP4", "views": "Views",
 }  # fmt: skip
 HELD_OUT_TAG = '<span class="psd-tag">held-out judge</span>'
@@ -142,9 +142,9 @@ def key(arm: str) -> str:
     return f"<i class='s-{escape(arm, quote=True)}'></i>{escape(arm_label(arm))}"
 
 
-def picture_grid(arms: Mapping[str, ArmResult], seed: int | None = None) -> str:
+def picture_grid(arms: Mapping[str, ArmResult], seed: int = 0) -> str:
     """Every arm's picture with its name; of several pictures an arm those of one seed beside each other."""
-    count = max((sum(kind.startswith("picture") for kind in arm.files) for arm in arms.values()), default=0)
+    count = max((sum(kind in PICTURES for kind in arm.files) for arm in arms.values()), default=0)
     if count < 2:
         figures = "".join(
             f"<figure>{thumbnail(arm.picture, arm_label(name))}<figcaption class='psd-key'>{key(name)}</figcaption>"
@@ -154,8 +154,7 @@ def picture_grid(arms: Mapping[str, ArmResult], seed: int | None = None) -> str:
         )
         return f"<div class='psd-grid'>{figures}</div>"
     figures = ""
-    for number in range(1, count + 1):
-        kind, which = f"picture_{number}" if number > 1 else "picture", number if seed is None else seed + number - 1
+    for kind, which in zip(PICTURES, seeds_of(seed, count)):
         row = "".join(
             thumbnail(arm.files[kind], f"{arm_label(name)}, seed {which}") for name, arm in arms.items()
             if kind in arm.files

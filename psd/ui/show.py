@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from psd.config import MODES, RunConfig, arm_names
+from psd.config import MODES, PICTURES, RunConfig, arm_names
 from psd.errors import RequestError
 from psd.events import ArmResult
 from psd.record import Result, read
@@ -114,13 +114,13 @@ def show_end(result: Result, warnings: tuple[str, ...] = ()) -> list[Any]:
     target = str(result.settings.get("reward", ""))
     steps = result.settings.get("steps") or result.steps_done
     choices = [(capital(arm_label(name)), name) for name in seen]
-    many, alone, several = len(seen) > 2, len(seen) == 1, any("picture_2" in arm.files for arm in seen.values())
+    many, alone, several = len(seen) > 2, len(seen) == 1, any(PICTURES[1] in arm.files for arm in seen.values())
     sides = {side: gr.update(choices=choices, value=name) for side, name in zip(SIDES, pair) if many}
     return updates(
         status=parts.end_status(result, warnings),
         # Without any picture yet, the last preview stays on the page.
         preview=gr.update(**HIDDEN) if seen else gr.skip(),
-        gallery=parts.picture_grid(seen, result.settings.get("seed")) if many or several else "",
+        gallery=parts.picture_grid(seen, result.settings.get("seed", 0)) if many or several else "",
         chooser=gr.update(visible=many),
         single=picture(*seen.popitem()) if alone else gr.update(**HIDDEN),
         object=gr.update(visible=any(arm.files.keys() & {"glb", "turntable"} for arm in result.arms.values())),
