@@ -24,7 +24,8 @@ from psd.scene.turntable import depth_picture, export_turntable, normal_picture,
 
 SCORED_VIEWS, SHEET_VIEWS = 12, 4
 PAINTING_RINGS = ((15.0, 8), (40.0, 4), (-40.0, 4))  # elevation in degrees, views: what a mesh's colours are taken from
-FRONT_PX, SHEET_PX, TURNTABLE_PX = 256, 192, 144
+# A multiple of 64: of 144 and 160 px libx264 makes other bits each time, it reads beyond the rows.
+FRONT_PX, SHEET_PX, TURNTABLE_PX = 256, 192, 128
 TURNTABLE_FRAMES, FPS = 36, 12
 FRONT_AZIMUTH_DEG = 30.0  # of the still picture: a little from the side says more than straight from the front
 
