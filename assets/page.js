@@ -7,19 +7,81 @@ window.psd = {
         if (innerWidth < 860) document.querySelector('#results').scrollIntoView({behavior: 'smooth'});
     },
 
-    // The share link of the form's values, into the clipboard too. Only what differs from the preset goes into it, so it
-    // stays short, and survives a restart of the server; an upload, the one value that is an object, does not.
-    link(...values) {
+    // The form's values by name, and the preset's.
+    settings(values) {
         const {names, presets} = psd.data, settings = {};
         names.forEach((name, i) => settings[name] = Array.isArray(values[i]) ? values[i].join(', ') : values[i]);
-        const base = presets[settings.preset] ?? {}, query = new URLSearchParams();
-        for (const [name, value] of Object.entries(settings)) {
-            const always = ['prompt', 'preset', 'seed'].includes(name);
-            if (value !== null && typeof value !== 'object' && (always || value !== base[name])) query.set(name, value);
-        }
-        const link = location.origin + location.pathname + '?' + query;
-        navigator.clipboard?.writeText(link).catch(() => {});
-        return link;
+        return [settings, presets[settings.preset] ?? {}];
+    },
+
+    // Only what differs from the preset goes out, so it stays short, and survives a restart of the server; an upload, the
+    // one value that is an object, does not.
+    chosen(values) {
+        const [settings, base] = psd.settings(values), always = ['prompt', 'preset', 'seed'];
+        return Object.entries(settings).filter(([name, value]) =>
+            value !== null && typeof value !== 'object' && (always.includes(name) || value !== base[name]));
+    },
+
+    // These settings as a link, or as what runs them elsewhere; into the clipboard too.
+    copy(kind, ...values) {
+        const chosen = psd.chosen(values), server = location.origin + location.pathname;
+        const shell = text => `'${String(text).replaceAll("'", `'\\''`)}'`;
+        const json = JSON.stringify(Object.fromEntries(chosen), null, 1);
+        const python = value => typeof value === 'boolean' ? (value ? 'True' : 'False') : JSON.stringify(value);
+        const flag = ([name, value]) => '--' + (value === false ? 'no-' : '') + name.replaceAll('_', '-') +
+            (typeof value === 'boolean' ? '' : ' ' + shell(value));
+        const text = {
+            link: () => server + '?' + new URLSearchParams(chosen),
+            python: () => 'from gradio_client import Client\n\n' +
+                `*_, arms, files = Client(${JSON.stringify(server)}).predict(\n` +
+                chosen.map(([name, value]) => `    ${name}=${python(value)},\n`).join('') +
+                '    api_name="/generate",\n)',
+            curl: () => `curl -sS ${server}gradio_api/call/v2/generate -H 'Content-Type: application/json' ` +
+                `-d ${shell(json)}\n# then: curl -sSN ${server}gradio_api/call/generate/EVENT_ID`,
+            shell: () => 'python -m psd ' + chosen.map(([name, value]) =>
+                name === 'prompt' ? shell(value) : flag([name, value])).join(' '),
+        }[kind]();
+        navigator.clipboard?.writeText(text).catch(() => {});
+        return text;
+    },
+
+    // What differs from the preset, and the marks of those controls.
+    changed(...values) {
+        const [settings, base] = psd.settings(values), kept = ['prompt', 'preset', 'seed', 'arms', 'mode'];
+        const differs = Object.entries(settings).filter(([name, value]) =>
+            !kept.includes(name) && value !== null && typeof value !== 'object' && name in base && value !== base[name]);
+        const text = value => String(value).replace(/[&<>"']/g, sign => `&#${sign.charCodeAt(0)};`);
+        const line = ([name, value]) =>
+            `<li><code>${name}</code> ${text(value) || '(empty)'} <small>preset: ${text(base[name]) || '(empty)'}</small></li>`;
+        if (!differs.length) return '<p class="psd-caption">As the preset has them.</p>';
+        const marks = differs.map(([name]) => '#' + name).join();
+        return `<style>${marks}{box-shadow:inset 3px 0 0 var(--psd-with)}</style>` +
+            `<ul class="psd-changed" aria-label="Changed settings">${differs.map(line).join('')}</ul>`;
+    },
+
+    // Show the settings whose name or help has every word; an accordion's controls are there once it has been open.
+    find(text) {
+        const words = text.toLowerCase().split(/\s+/).filter(Boolean), advanced = document.querySelector('#advanced');
+        const groups = [...advanced.querySelectorAll('.block')].filter(each => each.querySelector(':scope > button.label-wrap'));
+        const open = each => each.querySelector(':scope > button.label-wrap.open') !== null;
+        for (const each of groups) if (words.length && !open(each)) each.querySelector(':scope > button.label-wrap').click();
+        const sift = () => {
+            for (const name of psd.data.names) {
+                const box = advanced.querySelector('#' + name);
+                const told = `${name} ${name.replaceAll('_', ' ')} ${box?.textContent}`.toLowerCase();
+                if (box) box.style.display = words.every(word => told.includes(word)) ? '' : 'none';
+            }
+            for (const each of groups) {
+                const found = psd.data.names.some(name => {
+                    const box = each.querySelector('#' + name);
+                    return box && box.style.display !== 'none';
+                });
+                each.style.display = !words.length || found ? '' : 'none';
+            }
+        };
+        sift();
+        setTimeout(sift, 300);
+        if (!words.length) for (const each of groups) if (open(each)) each.querySelector(':scope > button.label-wrap').click();
     },
 
     // Gradio keeps a viewer's `camera_position` up to date but has no event for it: while one viewer is being turned, or
@@ -38,7 +100,58 @@ window.psd = {
         };
         for (const type of ['pointermove', 'wheel']) addEventListener(type, turned, {capture: true, passive: true});
     },
+
+    // What the reward saw (strip.py) at a moment of the run.
+    moment(pair, i) {
+        const told = JSON.parse(pair.dataset.moments)[i];
+        pair.style.setProperty('--i', i);
+        pair.querySelector('input').value = i;
+        for (const each of pair.querySelectorAll('[data-is]')) {
+            const {is, at} = each.dataset, value = at === undefined ? told[is] : told[is][at];
+            if (is === 'terms') each.style.width = value; else each.textContent = value;
+        }
+    },
+
+    // From where it stands to the end, or from the beginning; pressed again it stops.
+    play(pair) {
+        const input = pair.querySelector('input'), button = pair.querySelector('button');
+        const stop = () => {
+            pair.playing = clearInterval(pair.playing);
+            [button.textContent, button.ariaLabel] = ['▶', 'Play'];
+        };
+        if (pair.playing) return stop();
+        [button.textContent, button.ariaLabel] = ['❚❚', 'Pause'];
+        let i = Number(input.value) === Number(input.max) ? -1 : Number(input.value);
+        pair.playing = setInterval(() => {
+            if (++i > Number(input.max) || !pair.isConnected) return stop();
+            psd.moment(pair, i);
+        }, 250);
+    },
 };
+
+addEventListener('input', ({target}) => {
+    const pair = target.closest?.('.psd-pair');
+    if (pair) psd.moment(pair, Number(target.value));
+    if (target.id === 'find') psd.find(target.value);
+});
+
+// The tab tells how far the run is, and the address which run is on the page: it survives a reload.
+const title = 'Preference Score Distillation';
+new MutationObserver(() => {
+    const run = document.querySelector('#status [data-run]')?.dataset.run, address = new URL(location);
+    if (run && address.searchParams.get('run') !== run) {
+        const theme = address.searchParams.get('__theme');
+        address.search = new URLSearchParams({...(theme && {__theme: theme}), run});
+        history.replaceState(history.state, '', address);
+    }
+    const bar = document.querySelector('#status .psd-status.busy [role=progressbar]');
+    const now = bar ? `${bar.getAttribute('aria-valuenow')} % · ${title}` : title;
+    if (document.title !== now) document.title = now;
+}).observe(document, {subtree: true, childList: true});
+
+addEventListener('click', ({target}) => {
+    if (target.closest?.('.psd-pair .scrubber button')) psd.play(target.closest('.psd-pair'));
+});
 
 // The viewers of meshes (Babylon) bend light into the screen's range by a curve (Khronos PBR neutral), even the colours of
 // a mesh that asks for no light, and Gradio has no setting for it: in their shaders it becomes a straight line.

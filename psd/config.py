@@ -106,8 +106,8 @@ class RunConfig:
         choices=("one", "sds", "recon"), group="method")
 
     pref_weight: float = setting(0.3,
-        "Multiplies beta_r, the weight of delta_pref (1 = paper, 0 = winner selection only).", label="Weight of δ_pref",
-        low=0.0, high=20.0, group="preference")
+        "Multiplies beta_r, the weight of delta_pref (1 = paper, 0 = winner selection only).",
+        label="Strength of preference, δ_pref", low=0.0, high=20.0, group="preference")
     pref_form: str = setting("centred",
         "delta_pref (eq. 12): paper = eps~w - eps~l; centred also subtracts the two noises.", label="Form of δ_pref",
         choices=("paper", "centred"), group="preference")

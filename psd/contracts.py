@@ -82,11 +82,19 @@ class Reward(Protocol):
         return self
 
 
+class Pair(NamedTuple):
+    """What a reward was shown to choose from, without gradient."""
+
+    images: Float[Tensor, "N B 3 H W"]
+    scores: Float[Tensor, "N B"]
+
+
 class Score(Protocol):
     """r(y, decode(x_0)) of every noise and sample, bound to one arm."""
 
     reward: Reward
     cameras: Cameras | None  # of this step's samples, if there are any: the stage's to set
+    pair: Pair | None  # the latest that was ranked; whoever looks at it takes it away
 
     def __call__(self, x_0: Float[Tensor, "N B C h w"]) -> Float[Tensor, "N B"]: ...
 

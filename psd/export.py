@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,15 @@ def export_metrics(path: Path, rows: list[dict[str, float]]) -> None:
     writer.writeheader()
     writer.writerows({name: f"{value:.6g}" for name, value in row.items()} for row in rows)
     write_file(path, buffer.getvalue().encode())
+
+
+def export_archive(path: Path, files: Iterable[Path]) -> None:
+    """A ZIP of these files by their names, as they are: pictures, meshes and films are compressed already."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for file in files:
+            archive.write(file, file.name)
+    write_file(path, buffer.getvalue())
 
 
 def export_json(path: Path, content: dict[str, Any]) -> None:

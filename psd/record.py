@@ -4,6 +4,8 @@
     metrics.csv                       one row a step
     ARM.png, ARM.glb, ...             one file a kind and arm (KINDS)
     ARM_negative.safetensors          n, of an arm that learns it (psd.embedding)
+    ARM_pairs.webp                    what the reward saw, of an arm that ranks (psd.pairs)
+    everything.zip                    all of the above
     previews/000012.webp              the latest ones, while it runs
 
 run.json says "running" at the start, "writing" while artefacts are written, then "done", or "abandoned" where nobody
@@ -34,10 +36,11 @@ from psd.contracts import Artefact
 from psd.embedding import export_embedding, read_embedding
 from psd.errors import Abandoned, RequestError
 from psd.events import ArmResult, Preview
-from psd.export import PNG_KEY, export_json, export_metrics
+from psd.export import PNG_KEY, export_archive, export_json, export_metrics
 from psd.methods import learns_negative
 from psd.models.priors.table import decoder_of, prior_info, shown_name
 from psd.models.rewards.table import REWARDS, reward_terms
+from psd.pairs import Pairs
 from psd.scene.files import read_glb_extras
 
 if TYPE_CHECKING:
@@ -45,11 +48,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MANIFEST, METRICS, PREVIEWS = "run.json", "metrics.csv", "previews"
+MANIFEST, METRICS, PREVIEWS, ARCHIVE = "run.json", "metrics.csv", "previews", "everything.zip"
 KINDS = {
     **{kind: f"{kind.removeprefix('picture')}.png" for kind in PICTURES},
-    "negative": "_negative.safetensors", "glb": ".glb", "views": "_views.png", "turntable": ".mp4", "ply": ".ply",
-    "obj": ".zip",
+    "negative": "_negative.safetensors", "pairs": "_pairs.webp", "glb": ".glb", "views": "_views.png",
+    "turntable": ".mp4", "ply": ".ply", "obj": ".zip",
 }  # fmt: skip
 SLOW = ("views", "turntable", "ply", "obj")  # the kinds that are written once every arm can be looked at
 KEPT_PREVIEWS = 20
@@ -87,6 +90,7 @@ class Record:
         self.rows: list[dict[str, float]] = []
         self.arms: dict[str, ArmResult] = {}
         self.remarks: list[str] = []
+        self.pairs = Pairs(config.steps)
         self.begun = False
         self.settings = config.to_dict()
         if config.negative_from:  # the settings tell which file it was, not where
@@ -135,6 +139,7 @@ class Record:
         for name, artefacts in later.items():
             self._write_files(name, artefacts)
         manifest("done")
+        self._guarded(ARCHIVE, lambda: export_archive(self.directory / ARCHIVE, read(self.directory).files))
 
     def check_heard(self) -> None:
         """Raise Abandoned where nobody waits any more: no further file is worth its seconds."""
@@ -151,6 +156,8 @@ class Record:
         artefacts = list(stage.artefacts(name))
         if learns_negative(stage.arms[name].config):
             artefacts.append(Artefact("negative", partial(self._write_negative, stage.arms[name])))
+        if name in self.pairs.arms:
+            artefacts.append(Artefact("pairs", partial(self.pairs.write, name)))
         return sorted(artefacts, key=lambda each: list(KINDS).index(each.kind))
 
     def _write_files(self, name: str, artefacts: list[Artefact]) -> None:
@@ -254,7 +261,7 @@ def read(directory: Path) -> Result:
     about = read_json(directory / MANIFEST)
     arms = {name: read_arm(directory, told) for name, told in about.get("arms", {}).items()}
     listed = [path for arm in arms.values() for path in arm.files.values()]
-    listed += [path for name in (METRICS, MANIFEST) if (path := directory / name).exists()]
+    listed += [path for name in (METRICS, MANIFEST, ARCHIVE) if (path := directory / name).exists()]
     previews = sorted((directory / PREVIEWS).glob("*.webp"))
     return Result(
         directory=directory, state=about.get("state", ""), settings=about.get("config", {}), arms=arms,

@@ -84,6 +84,7 @@ def generate(
             if state.failure:
                 stopped, failed = state.failure, True
                 break
+            record.pairs.look(state.step, stage.arms)
             yield from told(state, stage, measure, record.rows, clock)
             record.check_heard()
             if state.step < config.steps and (stopped := clock.over(state.step) or stop()):

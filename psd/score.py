@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from jaxtyping import Float
 from torch import Tensor
 
-from psd.contracts import Decode, Reward
+from psd.contracts import Decode, Pair, Reward
 
 if TYPE_CHECKING:
     from psd.scene.cameras import Cameras
@@ -26,6 +26,7 @@ class BoundScore:
         self.decode, self.reward, self.prompts = decode, reward.bound(), prompts
         self.rank, self.view_prompts = rank, view_prompts
         self.cameras: Cameras | None = None
+        self.pair: Pair | None = None
 
     def __call__(self, x_0: Float[Tensor, "N B C h w"]) -> Float[Tensor, "N B"]:
         images, read = self.decode(x_0.flatten(0, 1)).float(), self.read(x_0.shape[1])
@@ -34,7 +35,10 @@ class BoundScore:
 
             read = [f"{prompt}, {name} view" for prompt, name in zip(read, view_names(self.cameras), strict=True)]
         scores = self.reward.rank(images, read * len(x_0), len(x_0)).view(x_0.shape[:2])
-        return scores.mean(1, keepdim=True).expand_as(scores) if self.rank == "group" else scores
+        scores = scores.mean(1, keepdim=True).expand_as(scores) if self.rank == "group" else scores
+        if len(x_0) > 1:
+            self.pair = Pair(images.detach().unflatten(0, x_0.shape[:2]), scores.detach())
+        return scores
 
     def read(self, samples: int) -> list[str]:
         """The prompt of each sample; one prompt serves all views of an object."""

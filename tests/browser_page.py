@@ -18,25 +18,26 @@ from psd.methods import METHODS
 from psd.scene.cameras import orbit_cameras
 from psd.scene.fields import ConstantBackground
 from psd.scene.raster import MeshScene
+from psd.ui.create import COPIES
 from psd.ui.examples import load_prompts
 from psd.ui.form import GROUPS, arm_label
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser, Locator, Page
 
 LAST_S, QUIET_S = 1500, 120  # of a run in all, and without a step or another word of the page: this machine may be slow
 BEHIND = (0.86, 0.88, 0.90)  # the viewers' background
 ENDS = ("Done", "Stopped", "Broke down", "broke down", "Nothing was made")
 # Every control that the page is meant to have; gradio's own buttons of pictures, videos and viewers among them.
 CONTROLS = {
-    "Create", "Score an image", "API", "Run", "Stop", "Randomise seed", "Copy link", "On the left", "On the right",
+    "Create", "Score an image", "API", "Run", "Stop", "Randomise seed", "On the left", "On the right",
     "Undo", "Fullscreen", "Download", "Adjust volume", "Reset to default value", "Use via API or MCP", "Settings",
-    "1", "2",
+    "Advanced", "Find a setting", "Reset to the preset", "Play", "Pause", *COPIES.values(), "These settings",
     *GROUPS.values(), "Share and restore", *map(arm_label, ARMS), *(mode.label for mode in MODES.values()), *METHODS,
     *(entry["prompt"] for entry in load_prompts()), *(field.label for field in FIELDS.values()),
     *(choice for field in FIELDS.values() for choice in field.choices),
 }  # fmt: skip
-PART = re.compile(r"(number input|range slider) for .+|Thumbnail \d+ of \d+")
+PART = re.compile(r"(number input|range slider) for .+|Thumbnail \d+ of \d+|Moment of the run, .+")
 
 
 def open_page(browser: Browser, url: str, width: int, theme: str, query: str = "") -> tuple[Page, list[str]]:
@@ -64,6 +65,7 @@ def set_number(page: Page, name: str, value: int) -> None:
 
 
 def set_steps(page: Page, steps: int) -> None:
+    page.get_by_role("button", name="Advanced").click()
     page.get_by_role("button", name="Sampling and guidance").click()
     page.locator("#steps input[type=number]").wait_for()
     page.wait_for_timeout(1000)  # an accordion's fields are mounted when it opens, and take their first value then
@@ -101,10 +103,17 @@ def until(page: Page, selector: str) -> None:
         page.wait_for_timeout(50)
 
 
+def file_link(page: Page, name: str) -> Locator:
+    """A link of the downloads by its accessible name, its menu open; it may be none."""
+    link = page.get_by_role("link", name=name, exact=True, include_hidden=True)
+    link.evaluate_all("links => links.forEach(link => link.closest('details')?.setAttribute('open', ''))")
+    return link
+
+
 def saved(page: Page, name: str, path: Path) -> Path:
     """The file behind a link of the downloads, by its accessible name."""
     with page.expect_download() as download:
-        page.get_by_role("link", name=name, exact=True).click()
+        file_link(page, name).click()
     download.value.save_as(path)
     return path
 

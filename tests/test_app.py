@@ -21,7 +21,7 @@ from gradio_client.client import Job
 from gradio_client.exceptions import AppError, ValidationError
 from PIL import Image
 
-from psd.config import MAX_PROMPT_CHARS, RunConfig
+from psd.config import LOCAL, MAX_PROMPT_CHARS, RunConfig
 from psd.errors import RequestError
 from psd.models.rewards.table import REWARDS
 from psd.record import read, settings_of
@@ -305,6 +305,19 @@ def test_presets_fill_every_control_but_what_is_drawn():
     kept = {name for name, value in filled.items() if isinstance(value, dict) and value.get("__type__") == "update"}
     assert kept == set(form.KEPT_BY_PRESETS)
     assert filled["pref_form"] == "paper" and filled["steps"] == 50
+
+
+def test_the_page_opens_with_what_its_preset_has():
+    with gr.Blocks():
+        controls = {name: form.control(name) for name in form.NAMES if name not in LOCAL}
+    start = RunConfig.from_preset().to_dict()
+    start["arms"] = start["arms"].split(", ")
+    assert {name: each.value for name, each in controls.items()} == {name: start[name] for name in controls}
+    with gr.Blocks():
+        chosen, _ = create.build_settings()
+    assert {name: chosen[name].value for name in ("preset", "prior", "reward")} == {
+        name: start[name] for name in ("preset", "prior", "reward")
+    }
 
 
 def test_a_mixture_is_shown_with_every_members_licence_and_size():

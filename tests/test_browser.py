@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from tests.browser_page import (
     as_the_viewer_looks,
     copied_link,
     drawn,
+    file_link,
     finished,
     low_contrast,
     mean_colour,
@@ -79,7 +81,7 @@ def test_run_from_prompt_to_slider(browser: Browser, app_url: str, tmp_path: Pat
     assert "target" in scores and "held-out judge" in scores
     assert page.locator("#seed input").input_value() in status
     for name in ("PNG, with preference", "PNG, without", "metrics.csv, whole run", "run.json, whole run"):
-        assert page.get_by_role("link", name=name, exact=True).is_visible()
+        assert file_link(page, name).is_visible()
     page.locator("#history img").first.wait_for()
     assert page.locator("#history img").count() == 1
     assert uninvited(page) == []
@@ -190,6 +192,54 @@ def test_refusals_links_and_dropped_files(browser: Browser, app_url: str, tmp_pa
     page.close()
 
 
+def test_a_run_can_be_looked_into_and_survives_a_reload(browser: Browser, app_url: str, tmp_path: Path):
+    """Its pairs, moment by moment; its archive; its address; the browser's list of runs."""
+    page, faults = open_page(browser, app_url, 1440, "light")
+    set_steps(page, 6)
+    page.get_by_label("Prompt", exact=True).fill(PROMPT)
+    run(page)
+    seed = finished(page).rpartition("seed ")[2].split()[0]
+    pair = page.locator("#strips .psd-pair").first
+    assert pair.locator("output").inner_text() == "step 3 of 6"  # the first is the start, which ranks nothing
+    worse = pair.locator(".worse b").inner_text()
+    pair.locator("input").press("ArrowRight")
+    assert pair.locator("output").inner_text() == "step 4 of 6" and pair.locator(".worse b").inner_text() != worse
+    assert float(pair.locator(".better b").inner_text()) >= float(pair.locator(".worse b").inner_text())
+    pair.get_by_role("button", name="Play").click()
+    page.get_by_text("step 6 of 6").wait_for()
+    pair.get_by_text("How it works").click()
+    page.screenshot(path=tmp_path / "pairs.png", full_page=True)
+    assert low_contrast(page) == []
+    with ZipFile(saved(page, "everything (ZIP), whole run", tmp_path / "everything.zip")) as archive:
+        assert {"with.png", "without.png", "with_pairs.webp", "metrics.csv", "run.json"} <= set(archive.namelist())
+
+    page.wait_for_function("location.search.includes('run=')")
+    page.reload()
+    page.locator("#status").get_by_text(f"seed {seed}").wait_for()
+    page.locator("#slider img").first.wait_for()
+    assert page.get_by_label("Prompt", exact=True).input_value() == PROMPT
+    page.locator("#history img").first.wait_for()
+    assert faults == []
+    page.close()
+
+
+def test_settings_are_found_marked_and_reset(browser: Browser, app_url: str):
+    page, faults = open_page(browser, app_url, 1440, "light")
+    page.get_by_role("button", name="Advanced").click()
+    page.get_by_text("As the preset has them.").wait_for()  # the page opens with what the preset has
+    page.get_by_label("Find a setting").fill("guidance scale")
+    page.locator("#gamma").wait_for()
+    page.wait_for_function("!document.querySelector('#steps').offsetParent")
+    page.wait_for_timeout(1000)
+    set_number(page, "gamma", 3)
+    page.locator("#changed").get_by_text("gamma 3 preset: 2").wait_for()
+    page.get_by_label("Find a setting").fill("")
+    page.get_by_role("button", name="Reset to the preset").click()
+    page.get_by_text("As the preset has them.").wait_for()
+    assert faults == []
+    page.close()
+
+
 def restored(page: Page) -> None:
     """The form is filled with what the test above has run."""
     page.wait_for_function("document.querySelector('#seed input')?.value === '123'")
@@ -206,7 +256,7 @@ def test_a_learned_n_is_downloaded_and_starts_the_next_run(browser: Browser, app
     run(page)
     assert "n started from a file" not in finished(page)
     learned = saved(page, "Learned n, with preference", tmp_path / "with_negative.safetensors")
-    assert page.get_by_role("link", name="Learned n, without", exact=True).count() == 0
+    assert file_link(page, "Learned n, without").count() == 0
 
     page.get_by_role("button", name="Negative embedding").click()
     page.locator("#negative_from input[type=file]").set_input_files(learned)
@@ -271,7 +321,7 @@ def test_an_object_ends_upright_and_coloured_in_both_viewers(browser: Browser, a
     """The preset with fewer steps: a red cap over a blue stem in both arms; a drag of one turns both."""
     page, faults = open_page(browser, app_url, 1440, "light")
     page.get_by_label("3D object").check()
-    page.get_by_text("toybox/mvdream", exact=False).first.wait_for()
+    page.wait_for_function("document.querySelector('#preset input').value === 'toybox-fast'")
     set_steps(page, 60)
     page.get_by_label("Prompt", exact=True).fill("a red mushroom with a blue stem")
     page.get_by_label("Randomise seed").uncheck()
@@ -282,7 +332,7 @@ def test_an_object_ends_upright_and_coloured_in_both_viewers(browser: Browser, a
         page.locator(f"#{side}_video video").wait_for()
         upright_and_coloured(viewer(page, side, tmp_path / f"{side}.png"))
     for name in ("GLB, with preference", "GLB, without"):
-        assert page.get_by_role("link", name=name, exact=True).is_visible()
+        assert file_link(page, name).is_visible()
     assert uninvited(page) == []
     front = page.locator("#slider img").first.get_attribute("src")
     set_number(page, "angle", 90)

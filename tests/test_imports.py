@@ -21,7 +21,7 @@ LAYERS = [
     {"psd", "psd.errors", "psd.export", "psd.config", "psd.guidance"},
     {"psd.scene", "psd.schedule", "psd.events", "psd.embedding"},
     {"psd.contracts"},
-    {"psd.methods", "psd.models", "psd.score", "psd.distil"},
+    {"psd.methods", "psd.models", "psd.score", "psd.pairs", "psd.distil"},
     {"psd.safety", "psd.record", "psd.modes", "psd.budget"},
     {"psd.run"},
     {"psd.ui", "psd.__main__", "psd.toybox", "psd.check"},

@@ -8,14 +8,15 @@ from typing import Any
 
 import gradio as gr
 
-from psd.config import FIELDS, MODES, PRESETS, RunConfig
+from psd.config import FIELDS, MODES, PRESETS
 from psd.models.priors.table import PRIORS
 from psd.models.rewards.table import EXAMPLE, REWARDS
 from psd.modes.pictures import TURNTABLE_FRAMES
 from psd.ui.examples import Example
-from psd.ui.form import GROUPS, NAMES, control, download_box, model_note
+from psd.ui.form import GROUPS, NAMES, START, control, download_box, model_note
 from psd.ui.show import MODELS, OUTPUTS, SIDES, opening
 
+COPIES = {"link": "Link", "python": "Python", "curl": "curl", "shell": "Command line"}  # page.js writes each
 HELP = {
     "preset": "Settings to start from.",
     "prior": "Diffusion model to distil; any Stable Diffusion of the hub can be typed, as org/name.",
@@ -31,7 +32,7 @@ class Page:
     form: dict[str, Any]  # the other components that are pressed or told beside the form
     outputs: dict[str, Any]  # what a run changes, in the order of show.OUTPUTS
     models: dict[str, Any]  # show.MODELS: set by an event of their own
-    galleries: dict[str, Any]  # this session's runs and the examples
+    galleries: dict[str, Any]  # the visitor's runs and the examples
     shown: list[Example]
     prompts: list[dict[str, Any]]
 
@@ -61,16 +62,12 @@ def build_question(prompts: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[
     form: dict[str, Any] = {"token": gr.State("")}  # of the run that is going on; "" between runs
     with gr.Group():
         mode = gr.Radio(
-            [(info.label, name) for name, info in MODES.items()], value=FIELDS["mode"].default,
+            [(info.label, name) for name, info in MODES.items()], value=START.mode,
             label=FIELDS["mode"].label, show_label=False, elem_id="mode",
         )  # fmt: skip
         prompt = gr.Textbox(
             next((saved["prompt"] for saved in prompts), ""), label="Prompt", lines=2, max_lines=5,
             placeholder="what to draw, such as a blue chair with yellow legs", elem_id="prompt",
-        )  # fmt: skip
-        negative = gr.Textbox(
-            label="Negative prompt", placeholder="optional: what to move away from", elem_id="negative_prompt",
-            info="The learned negative embedding starts here.",
         )  # fmt: skip
     with gr.Row(elem_classes="pair"):
         form["run"] = gr.Button("Run", variant="primary", size="lg", elem_id="run", scale=3, min_width=0)
@@ -78,46 +75,55 @@ def build_question(prompts: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[
     form["estimate"] = html(elem_id="estimate")
     form["prompt_chips"] = gr.Dataset(
         label="Try one", components=[prompt], type="index", elem_id="prompts",
-        samples=[[saved["prompt"]] for saved in prompts],
+        samples=[[saved["prompt"]] for saved in prompts], samples_per_page=len(prompts) or 1,
     )  # fmt: skip
-    return {"mode": mode, "prompt": prompt, "negative_prompt": negative}, form
+    return {"mode": mode, "prompt": prompt}, form
 
 
 def build_settings() -> tuple[dict[str, Any], dict[str, Any]]:
-    """How to draw it: (control of each field, the other components)."""
+    """How to draw it, the few that matter most in view: (control of each field, the other components)."""
     form: dict[str, Any] = {}
     controls: dict[str, Any] = {}
+    models = START.prior, START.reward, START.fast_decoder
     with gr.Group():
         controls["preset"] = dropdown("preset", PRESETS)
-        with gr.Row():
-            controls["prior"] = dropdown("prior", PRIORS, custom=True)
-            targets = [name for name, info in REWARDS.items() if not info.held_out]
-            controls["reward"] = dropdown("reward", targets, custom=True)
-        defaults = RunConfig()
-        form["models"] = html(model_note(defaults.prior, defaults.reward), elem_id="models_note")
-        form["allow_download"] = gr.Checkbox(**download_box(defaults.prior, defaults.reward), elem_id="allow_download")
-        with gr.Row():
-            controls["seed"] = control("seed")
-            form["randomise"] = gr.Checkbox(
-                True, label="Randomise seed", info="The seed used is written back.", elem_id="randomise"
-            )
-            controls["images"] = control("images")
+        targets = [name for name, info in REWARDS.items() if not info.held_out]
+        controls["reward"] = dropdown("reward", targets, custom=True)
+        form["allow_download"] = gr.Checkbox(**download_box(*models), elem_id="allow_download")
+        controls["pref_weight"] = control("pref_weight")
         controls["arms"] = control("arms")
-    for group, title in GROUPS.items():
-        with gr.Accordion(title, open=False, visible=group != "object") as form[f"{group}_settings"]:
-            for name in (name for name in NAMES if FIELDS[name].group == group):
-                controls[name] = control(name)
+        with gr.Row(elem_classes="pair"):
+            controls["seed"] = control("seed")
+            controls["images"] = control("images")
+        form["randomise"] = gr.Checkbox(
+            True, label="Randomise seed", info="The seed used is written back.", elem_id="randomise"
+        )
+    with gr.Accordion("Advanced", open=False, elem_id="advanced"):
+        # page.js fills the first with what differs from the preset, and searches by the second.
+        form["changed"] = html(elem_id="changed")
+        html('<input type="search" id="find" placeholder="find a setting" aria-label="Find a setting">')
+        form["reset"] = gr.Button("Reset to the preset", size="sm", elem_id="reset")
+        for group, title in GROUPS.items():
+            with gr.Accordion(title, open=False, visible=group != "object") as form[f"{group}_settings"]:
+                if group == "model":
+                    controls["prior"] = dropdown("prior", PRIORS, custom=True)
+                    form["models"] = html(model_note(*models), elem_id="models_note")
+                    controls["negative_prompt"] = control("negative_prompt")
+                for name in (name for name in NAMES if FIELDS[name].group == group and name not in controls):
+                    controls[name] = control(name)
     return controls, form
 
 
 def build_sharing() -> dict[str, Any]:
-    """A link with all settings, and a place to drop a result's file."""
+    """These settings as a link or as code, and a place to drop a result's file."""
     form: dict[str, Any] = {}
     with gr.Accordion("Share and restore", open=False):
-        form["copy_link"] = gr.Button("Copy link", size="sm", elem_id="copy_link")
+        with gr.Row(elem_classes="pair", elem_id="copy"):
+            for name, label in COPIES.items():
+                form[f"copy_{name}"] = gr.Button(label, size="sm", elem_id=f"copy_{name}", min_width=0)
         form["link"] = gr.Textbox(
-            label="Link with all settings", interactive=False, buttons=["copy"], elem_id="link",
-            placeholder="appears here, and in the clipboard",
+            label="These settings", interactive=False, buttons=["copy"], elem_id="link", lines=2, max_lines=12,
+            placeholder="appear here, and in the clipboard",
         )  # fmt: skip
         form["restore"] = gr.File(
             label="Restore settings: drop a result PNG, GLB or run.json", file_types=[".png", ".glb", ".json"],
@@ -128,7 +134,7 @@ def build_sharing() -> dict[str, Any]:
 
 def dropdown(name: str, choices: Iterable[str], custom: bool = False) -> gr.Dropdown:
     return gr.Dropdown(
-        list(choices), value=FIELDS[name].default, label=FIELDS[name].label, info=HELP[name], elem_id=name,
+        list(choices), value=getattr(START, name), label=FIELDS[name].label, info=HELP[name], elem_id=name,
         filterable=custom, allow_custom_value=custom,
     )  # fmt: skip
 
@@ -182,6 +188,7 @@ def build_results(first: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
         with gr.Column(elem_id="why", min_width=0):
             outputs["scores"] = html(**first.get("scores", {}), elem_id="scores")
             outputs["charts"] = html(**first.get("charts", {}), elem_id="charts")
+    outputs["strips"] = html(**first.get("strips", {}), elem_id="strips")
     outputs["gallery"] = html(elem_id="gallery")
     outputs["files"] = html(elem_id="files")
     outputs["directory"] = gr.State(None)
@@ -190,14 +197,15 @@ def build_results(first: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
 
 
 def build_galleries(shown: list[Example]) -> dict[str, Any]:
-    """This session's runs, with their folders, and the precomputed examples."""
+    """The visitor's own runs, and the precomputed examples."""
     common = dict(
         height="auto", allow_preview=False, fit_columns=False, object_fit="cover", interactive=False, buttons=[],
         elem_classes="thumbs",
     )  # fmt: skip
     return {
-        "history": gr.State([]),
-        "runs": gr.Gallery(label="This session's runs", columns=6, visible=False, elem_id="history", **common),
+        # Names of runs; in the browser, so that they outlive both the page and the server.
+        "history": gr.BrowserState([], storage_key="psd-runs", secret="psd"),
+        "runs": gr.Gallery(label="Your runs", columns=6, visible=False, elem_id="history", **common),
         "examples": gr.Gallery(
             [(str(example.thumbnail), example.title) for example in shown],
             label="Examples: click to see their arms", columns=4, visible=bool(shown), elem_id="examples", **common,

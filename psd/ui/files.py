@@ -25,6 +25,7 @@ MAX_STOPS = 256
 # Younger entries may belong to a run or an upload still in progress.
 MIN_AGE_S, MIN_UPLOAD_AGE_S = 900.0, 120.0
 TOKEN = re.compile(r"[0-9a-f]{8,64}")
+RUN = re.compile(r"[0-9a-f]{12}")
 
 
 def cache_root() -> Path:
@@ -38,6 +39,13 @@ def output_root() -> Path:
     prune(root)
     prune_uploads()
     return root
+
+
+def run_folder(name: object) -> Path | None:
+    """A run's folder by its name, which anybody may send; None where there is none."""
+    valid = isinstance(name, str) and RUN.fullmatch(name)
+    folder = cache_root() / "psd-runs" / name if valid else None
+    return folder if folder is not None and folder.is_dir() else None
 
 
 def prune_uploads() -> None:

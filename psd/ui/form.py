@@ -23,7 +23,9 @@ from psd.safety import check_name, check_request, names_of
 from psd.ui.files import cache_root
 
 NAMES = tuple(FIELDS)
+START = RunConfig.from_preset()  # what the page opens with
 GROUPS = {
+    "model": "Model and negative prompt",
     "method": "Sampling and guidance",
     "preference": "Preference",
     "negative": "Negative embedding",
@@ -63,15 +65,15 @@ def arm_label(arm: str) -> str:
 
 def control(name: str) -> gr.components.Component:
     """The field's control: arms become boxes, choices radios, wide numbers a slider, files a place to drop them, the
-    rest a number or a text."""
-    field = FIELDS[name]
-    common = {"label": field.label, "value": field.default, "info": field.help, "elem_id": name}
+    rest a number or a text. It starts at what the first preset has."""
+    field, start = FIELDS[name], getattr(START, name)
+    common = {"label": field.label, "value": start, "info": field.help, "elem_id": name}
     low, high = field.low, field.high
     if field.local:
         label = f"{field.label}: drop an ARM_negative.safetensors"
         return upload(label=label, file_types=[".safetensors"], height=100, elem_id=name)
     if name == "arms":
-        common["value"] = arm_names(field.default)
+        common["value"] = arm_names(start)
         return gr.CheckboxGroup([(arm_label(arm), arm) for arm in ARMS], **common)
     if choices := names_of(field):
         return gr.Radio(list(choices), **common)

@@ -18,7 +18,8 @@ from psd.events import ArmResult
 from psd.methods import METHODS
 from psd.models.priors.table import PRIORS
 from psd.models.rewards.table import REWARDS, reward_terms
-from psd.record import Result
+from psd.record import ARCHIVE, Result
+from psd.ui.files import run_folder
 from psd.ui.form import ALLOW_DOWNLOAD_HELP, arm_label, help_line
 from psd.ui.plots import Series, line_chart
 from psd.ui.watch import View
@@ -41,16 +42,17 @@ MEMBER_TAG = '<span class="psd-tag target">part of the target</span>'
 BASELINE = "without"  # changes are told against this arm where it ran, else against the last one
 FILES = {
     "picture": "PNG", **{kind: f"PNG {kind.removeprefix('picture_')}" for kind in PICTURES[1:]},
-    "negative": "Learned n", "glb": "GLB", "ply": "PLY", "obj": "OBJ", "turntable": "MP4", "views": "Views",
+    "negative": "Learned n", "pairs": "What the reward saw", "glb": "GLB", "ply": "PLY", "obj": "OBJ",
+    "turntable": "MP4", "views": "Views",
 }  # fmt: skip
 HELD_OUT_TAG = '<span class="psd-tag">held-out judge</span>'
 
 
-def status(text: str, share: float = 0.0, kind: str = "busy") -> str:
-    """One line and a bar; `text` is HTML. `kind`: idle, busy, done or stopped."""
+def status(text: str, share: float = 0.0, kind: str = "busy", run: str = "") -> str:
+    """One line and a bar; `text` is HTML. `kind`: idle, busy, done or stopped. `run`: a name for the page's address."""
     percent = f"{100 * share:.0f}"
     return (
-        f'<div class="psd-status {kind}"><p role="status">{text}</p>'
+        f'<div class="psd-status {kind}" data-run="{escape(run, quote=True)}"><p role="status">{text}</p>'
         f'<div class="bar" role="progressbar" aria-label="Progress of the run" aria-valuemin="0" aria-valuemax="100"'
         f' aria-valuenow="{percent}"><i style="width:{percent}%"></i></div></div>'
     )
@@ -94,8 +96,9 @@ def end_status(result: Result, warnings: Sequence[str] = ()) -> str:
     if result.state == "writing":
         parts.append("<span>turntable and archives follow</span>")
     share = result.steps_done / max(steps, 1) if result.stopped else 1.0
+    name = result.directory.name if run_folder(result.directory.name) else ""
     remarks = [*warnings, *([result.stopped] if result.stopped else []), *result.remarks]
-    return status("".join(parts) + notes(remarks), share, "stopped" if result.stopped else "done")
+    return status("".join(parts) + notes(remarks), share, "stopped" if result.stopped else "done", name)
 
 
 def notes(warnings: Sequence[str]) -> str:
@@ -169,7 +172,7 @@ def thumbnail(picture: Path, about: str) -> str:
 
 
 def downloads(result: Result) -> str:
-    """A line of links for every arm's files, and one for the run's own."""
+    """A menu of every arm's files, one of the run's own, and all of them at once."""
 
     def link(path: Path, text: str, whose: str) -> str:
         name = escape(f"{text}, {whose}", quote=True)
@@ -178,15 +181,19 @@ def downloads(result: Result) -> str:
             f"{escape(text)}</a>"
         )
 
-    lines = ""
+    def menu(summary: str, links: Sequence[str]) -> str:
+        return f"<details name='files'><summary>{summary}</summary><div>{''.join(links)}</div></details>"
+
+    menus, listed = [], set()
     for name, arm in result.arms.items():
-        label = arm_label(name)
-        links = "".join(link(arm.files[kind], text, label) for kind, text in FILES.items() if kind in arm.files)
-        lines += f"<li><span class='psd-key'>{key(name)}</span>{links}</li>" if links else ""
-    of_arms = {path for arm in result.arms.values() for path in arm.files.values()}
-    links = "".join(link(path, path.name, "whole run") for path in result.files if path not in of_arms)
-    lines += f"<li><span>whole run</span>{links}</li>" if links else ""
-    return f"<ul class='psd-files' aria-label='Downloads'>{lines}</ul>" if lines else ""
+        links = [link(arm.files[kind], text, arm_label(name)) for kind, text in FILES.items() if kind in arm.files]
+        menus += [menu(f"<span class='psd-key'>{key(name)}</span>", links)] if links else []
+        listed |= set(arm.files.values())
+    others = [path for path in result.files if path not in listed]
+    whole = "".join(link(path, "everything (ZIP)", "whole run") for path in others if path.name == ARCHIVE)
+    links = [link(path, path.name, "whole run") for path in others if path.name != ARCHIVE]
+    menus += [menu("numbers and settings", links)] if links else []
+    return f"<div class='psd-files' role='group' aria-label='Downloads'>{''.join(menus)}{whole}</div>" if menus else ""
 
 
 def score_table(scores: Mapping[str, Mapping[str, float]], target: str) -> str:

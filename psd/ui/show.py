@@ -18,13 +18,14 @@ from psd.ui import parts
 from psd.ui.estimate import estimate_s, gpu_seconds, gpu_steps
 from psd.ui.examples import Example
 from psd.ui.form import arm_label, checked
+from psd.ui.strip import strips
 from psd.ui.watch import ON_ZERO_GPU, View
 
 SIDES = ("left", "right")  # of the slider, the viewers and the turntables: two arms of any number
 MODELS = ("left_model", "right_model")
 # What a run changes, in the order of every update below.
 OUTPUTS = ("status", "preview", "gallery", "chooser", "left", "right", "slider", "angle", "single", "object",
-           "left_video", "right_video", "scores", "files", "charts", "directory", "looked_at")  # fmt: skip
+           "left_video", "right_video", "scores", "files", "charts", "strips", "directory", "looked_at")  # fmt: skip
 HIDDEN = {"visible": False}
 OPENING = ("slider", "left_video", "right_video")
 IDLE = "Ready. Enter a prompt and press Run."
@@ -54,7 +55,7 @@ def opening(shown: Sequence[Example]) -> dict[str, dict[str, Any]]:
     picture, turning = results["image"][0], results["3d"][0]
     seen = dict(zip(OUTPUTS, show_end(picture), strict=True))
     turned = of_pair(turning, compared(list(turning.arms)))
-    page |= {name: {"value": seen[name]} for name in ("scores", "charts")}
+    page |= {name: {"value": seen[name]} for name in ("scores", "charts", "strips")}
     page |= {name: dict(given) for name, given in {**turned, "slider": seen["slider"]}.items() if name in OPENING}
     for given in page.values():
         given.pop("__type__", None)
@@ -70,7 +71,7 @@ def show_cleared(config: RunConfig) -> list[Any]:
     label = "Preview: " + " | ".join(map(arm_label, arm_names(config.arms)))
     return updates(
         status=parts.status("Waiting for the device…"), preview=gr.update(value=None, visible=True, label=label),
-        gallery="", scores="", files="", charts="", directory=None, looked_at=(), **hidden,
+        gallery="", scores="", files="", charts="", strips="", directory=None, looked_at=(), **hidden,
     )  # fmt: skip
 
 
@@ -127,6 +128,7 @@ def show_end(result: Result, warnings: tuple[str, ...] = ()) -> list[Any]:
         scores=parts.score_table({name: arm.scores for name, arm in result.arms.items()}, target),
         files=parts.downloads(result),
         charts=parts.charts(result.rows, steps, target, list(result.arms)) or gr.skip(),
+        strips=strips(result),
         directory=str(result.directory),
         looked_at=(str(result.directory), *pair),
         **sides,

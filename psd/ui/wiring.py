@@ -17,9 +17,9 @@ from psd.errors import RequestError
 from psd.models.needs import check_downloads
 from psd.record import Result, read, settings_of
 from psd.ui import api
-from psd.ui.create import Page
+from psd.ui.create import COPIES, Page
 from psd.ui.estimate import check_work, note_speed
-from psd.ui.files import is_asked_to_stop
+from psd.ui.files import is_asked_to_stop, run_folder
 from psd.ui.form import (
     NAMES,
     checked,
@@ -45,10 +45,11 @@ from psd.ui.show import (
     show_pair,
     show_turntables,
     shows,
+    updates,
 )
 from psd.ui.watch import clear_errors, fetch, stop, watch
 
-MAX_HISTORY = 12
+MAX_HISTORY = 30
 MAX_WAITING = 16
 PRIVATE = {"api_visibility": "private"}
 LIGHT = {**PRIVATE, "concurrency_limit": 8, "show_progress": "hidden"}
@@ -58,7 +59,7 @@ def connect(demo: gr.Blocks, header: gr.HTML, page: Page) -> None:
     """All events of the Create tab."""
     connect_run(page)
     connect_form(demo, page)
-    connect_results(header, page)
+    connect_results(demo, header, page)
 
 
 def connect_run(page: Page) -> None:
@@ -113,11 +114,20 @@ def connect_form(demo: gr.Blocks, page: Page) -> None:
     restored = [*inputs, form["randomise"]]
     form["prompt_chips"].click(lambda index: fill(page.prompts[index]), form["prompt_chips"], inputs, **LIGHT)
     form["restore"].upload(restore_file, form["restore"], restored, **LIGHT)
-    form["copy_link"].click(None, inputs, form["link"], js="(...values) => psd.link(...values)", **PRIVATE)
-    demo.load(restore_link, None, restored, **LIGHT)
+    for name in COPIES:
+        form[f"copy_{name}"].click(
+            None, inputs, form["link"], js=f"(...values) => psd.copy('{name}', ...values)", **PRIVATE
+        )  # fmt: skip
+    # No request to the server: the page knows the presets.
+    gr.on(
+        [demo.load, *(each.change for each in inputs)], None, inputs, form["changed"],
+        js="(...values) => psd.changed(...values)", trigger_mode="always_last", **PRIVATE,
+    )  # fmt: skip
+    form["reset"].click(choose_preset, controls["preset"], inputs, **LIGHT)
+    demo.load(restore_link, None, [*restored, *page.outputs.values()], **LIGHT)
 
 
-def connect_results(header: gr.HTML, page: Page) -> None:
+def connect_results(demo: gr.Blocks, header: gr.HTML, page: Page) -> None:
     """Looking at what is there: other arms, other angles, other runs."""
     outputs, galleries = page.outputs, page.galleries
     results = list(outputs.values())
@@ -142,11 +152,12 @@ def connect_results(header: gr.HTML, page: Page) -> None:
         return show_again(read(page.shown[event.index].directory))
 
     def show_run(history: list[str], event: gr.SelectData) -> list[Any]:
-        return show_again(read(Path(history[event.index])))
+        return show_again(read(run_folder(history[event.index]) or Path()))
 
     again = [*page.controls.values(), page.form["randomise"], *results]
     galleries["examples"].select(show_example, None, again, **LIGHT)
     galleries["runs"].select(show_run, galleries["history"], again, **LIGHT)
+    demo.load(recall_runs, galleries["history"], [galleries["history"], galleries["runs"]], **LIGHT)
 
 
 def check_form(*values: Any) -> None:
@@ -221,17 +232,20 @@ def models_used(prior: str, reward: str, fast_decoder: bool) -> list[Any]:
     return [model_note(*models), gr.update(visible=download_box(*models)["visible"])]
 
 
-def remember_run(directory: str | None, history: list[str]) -> tuple[Any, Any]:
-    """Newest first; folders that housekeeping removed in the meantime drop out."""
-    known = [entry for entry in history if entry != directory]
-    results = [read(Path(entry)) for entry in [directory, *known] if entry]
-    results = [result for result in results if thumbnail(result)][:MAX_HISTORY]
-    newest = next(iter(results), None)
-    if newest and str(newest.directory) == directory:
+def remember_run(directory: str | None, history: list[str]) -> tuple[list[str], Any]:
+    """Newest first."""
+    if directory and (newest := read(Path(directory))).settled:
         # A GPU worker of ZeroGPU cannot tell this process how fast it was.
         note_speed(RunConfig.from_dict(newest.settings), newest.seconds, newest.steps_done)
+    return recall_runs([*([Path(directory).name] if directory else []), *(history or [])])
+
+
+def recall_runs(history: list[str]) -> tuple[list[str], Any]:
+    """Those whose files are still there, and their pictures; the browser may send anything."""
+    names = list(dict.fromkeys(name for name in history or [] if run_folder(name)))
+    results = [result for name in names if thumbnail(result := read(run_folder(name) or Path()))][:MAX_HISTORY]
     pictures = [(str(thumbnail(result)), f"seed {result.settings.get('seed', '?')}") for result in results]
-    return [str(result.directory) for result in results], gr.update(value=pictures, visible=bool(pictures))
+    return [result.directory.name for result in results], gr.update(value=pictures, visible=bool(pictures))
 
 
 def thumbnail(result: Result) -> Path | None:
@@ -259,10 +273,18 @@ def restore_file(path: str | None) -> list[Any]:
 
 
 def restore_link(request: gr.Request) -> list[Any]:
-    """Settings in the page's address fill the form; a link that does not work is named, and the defaults stay."""
+    """What the page's address names: a run, which is shown again, or settings, which fill the form.
+
+    A link that does not work is named, and the page stays as it is.
+    """
+    query = dict(request.query_params)
+    if folder := run_folder(query.get("run")):
+        return show_again(read(folder))
+    if "run" in query:
+        gr.Warning("The files of the run in this link have been tidied away.")
+    settings = {}
     try:
-        settings = settings_of_query(dict(request.query_params))
+        settings = settings_of_query(query)
     except RequestError as error:
         gr.Warning(f"The settings in this link cannot be used: {escape(str(error))}")  # gradio shows it as HTML
-        settings = {}
-    return [*fill(settings), False if settings else gr.skip()]
+    return [*fill(settings), False if settings else gr.skip(), *updates()]
