@@ -10,7 +10,7 @@ PYTHON ?= $(firstword $(foreach name,python3.12 python3.11 python3.13 python3.14
 	$(name) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v $(name))))
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-busy lint train-toybox bench check-published setup setup-dev clean
+.PHONY: help run test test-busy fuzz soak lint train-toybox bench check-published setup setup-dev clean
 
 help:                   ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -26,6 +26,12 @@ test-busy: lint         ## every test three times, at lowest priority beside a b
 	@busy=""; for _ in $$(seq $$(getconf _NPROCESSORS_ONLN)); do nice -n 19 sh -c 'while :; do :; done' & busy="$$busy $$!"; done; \
 	trap 'kill $$busy' EXIT INT TERM; \
 	for round in 1 2 3; do echo "round $$round of 3"; nice -n 19 $(PY) -m pytest $(ARGS) || exit 1; done
+
+fuzz: setup-dev         ## 5,000 hostile requests to the app, and what became of them
+	$(PY) -m tests.fuzz $(ARGS)
+
+soak: setup-dev         ## 250 runs by four clients, some of which cancel or hang up
+	$(PY) -m tests.soak $(ARGS)
 
 lint: setup-dev         ## ruff
 	$(PY) -m ruff check .

@@ -18,6 +18,7 @@ from starlette.middleware import Middleware  # noqa: E402
 
 import psd  # noqa: E402, F401  before torch: sets how its threads wait
 from psd.ui import build_demo  # noqa: E402
+from psd.ui.gate import Gate  # noqa: E402
 from psd.ui.theme import HEAD, STYLE, theme  # noqa: E402
 from psd.ui.uploads import UploadLimit  # noqa: E402
 from psd.ui.watch import ON_ZERO_GPU, abandon_all, feel_load, warm  # noqa: E402
@@ -31,7 +32,7 @@ def launch(**options) -> tuple:
     settings = dict(
         theme=theme, css_paths=STYLE, head=HEAD, ssr_mode=False, mcp_server=True, max_file_size="10mb",
         show_error=False, run_history=False, enable_monitoring=False, footer_links=["api", "gradio", "settings"],
-        app_kwargs={"middleware": [Middleware(UploadLimit)]},
+        app_kwargs={"middleware": [Middleware(Gate), Middleware(UploadLimit)]},
     )  # fmt: skip
     return demo.launch(**{**settings, **options})
 

@@ -36,8 +36,9 @@ window.psd = {
                 `*_, arms, files = Client(${JSON.stringify(server)}).predict(\n` +
                 chosen.map(([name, value]) => `    ${name}=${python(value)},\n`).join('') +
                 '    api_name="/generate",\n)',
-            curl: () => `curl -sS ${server}gradio_api/call/v2/generate -H 'Content-Type: application/json' ` +
-                `-d ${shell(json)}\n# then: curl -sSN ${server}gradio_api/call/generate/EVENT_ID`,
+            curl: () => `curl -sS ${server}gradio_api/call/v2/generate -H 'Content-Type: application/json' \\\n` +
+                `  -d ${shell(json)} |\n  sed 's/.*"event_id": *"\\([^"]*\\)".*/\\1/' |\n` +
+                `  xargs -I EVENT curl -sSN ${server}gradio_api/call/generate/EVENT`,
             shell: () => 'python -m psd ' + chosen.map(([name, value]) =>
                 name === 'prompt' ? shell(value) : flag([name, value])).join(' '),
         }[kind]();
