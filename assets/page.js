@@ -148,6 +148,8 @@ new MutationObserver(() => {
     const bar = document.querySelector('#status .psd-status.busy [role=progressbar]');
     const now = bar ? `${bar.getAttribute('aria-valuenow')} % · ${title}` : title;
     if (document.title !== now) document.title = now;
+    // The viewers of meshes would come before everything else when one tabs through the page.
+    for (const canvas of document.querySelectorAll('canvas[tabindex="1"]')) canvas.tabIndex = 0;
 }).observe(document, {subtree: true, childList: true});
 
 addEventListener('click', ({target}) => {

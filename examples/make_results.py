@@ -15,6 +15,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from psd import RunConfig, generate  # noqa: E402
+from psd.record import ARCHIVE  # noqa: E402
 
 
 def main() -> None:
@@ -22,13 +23,14 @@ def main() -> None:
     index = []
     for entry in entries:
         slug = re.sub(r"[^a-z0-9]+", "-", entry["title"].lower()).strip("-")
-        index.append({"slug": slug, "title": entry["title"]})
+        index.append({"slug": slug, "title": entry["title"], "note": entry.get("note", "")})
         if sys.argv[1:] and entry["title"] not in sys.argv[1:]:
             continue
         config = RunConfig.from_preset(**entry["config"])
         *_, last = generate(config, HERE / ".runs")
         for heavy in (file for arm in last.arms.values() for kind, file in arm.files.items() if kind in ("ply", "obj")):
             heavy.unlink()  # the GLB holds the same mesh
+        (last.directory / ARCHIVE).unlink(missing_ok=True)
         shutil.rmtree(HERE / slug, ignore_errors=True)
         last.directory.rename(HERE / slug)
         print(slug, {name: arm.scores for name, arm in last.arms.items()})

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import axe_playwright_python
 import numpy as np
 from PIL import Image
 
@@ -203,6 +204,19 @@ def unlabelled(page: Page) -> list[str]:
             && !control.title && !control.innerText?.trim()
         ).map(control => control.outerHTML.slice(0, 160))"""
     )
+
+
+def inaccessible(page: Page) -> list[str]:
+    """What axe-core finds that is serious or critical, with the elements."""
+    script = next(Path(axe_playwright_python.__file__).parent.rglob("axe.min.js"))
+    page.evaluate(script.read_text(encoding="utf-8"))
+    found = page.evaluate("axe.run(document, {resultTypes: ['violations']})")["violations"]
+    return [
+        f"{each['id']}: {node['html'][:160]}"
+        for each in found
+        if each["impact"] in ("serious", "critical")
+        for node in each["nodes"]
+    ]
 
 
 def low_contrast(page: Page) -> list[str]:

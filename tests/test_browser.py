@@ -23,6 +23,7 @@ from tests.browser_page import (
     drawn,
     file_link,
     finished,
+    inaccessible,
     low_contrast,
     mean_colour,
     open_page,
@@ -92,6 +93,7 @@ def test_run_from_prompt_to_slider(browser: Browser, app_url: str, tmp_path: Pat
         assert page.evaluate("document.documentElement.scrollWidth") <= width, f"{tab} scrolls sideways"
     assert unlabelled(page) == []
     assert low_contrast(page) == []
+    assert inaccessible(page) == []
     assert faults == []
     page.close()
 
@@ -363,7 +365,7 @@ def test_a_mesh_has_the_colours_of_our_own_render_in_the_viewer(browser: Browser
     export_glb(mesh, tmp_path / "mesh.glb", {})
     page, faults = open_page(browser, app_url, 1440, "light")
     page.route(re.compile(r"\.glb$"), lambda route: route.fulfill(path=tmp_path / "mesh.glb"))
-    page.locator("#examples button").filter(has_text="in 3D").first.click()
+    page.locator("#examples_3d button").filter(has_text="in 3D").first.click()
     seen = viewer(page, "left", tmp_path / "seen.png")
     ours = as_the_viewer_looks(read_glb(tmp_path / "mesh.glb"), 256)
     assert mean_colour(seen) == pytest.approx(mean_colour(ours), abs=0.04 * 255)

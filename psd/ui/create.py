@@ -206,8 +206,12 @@ def build_galleries(shown: list[Example]) -> dict[str, Any]:
         # Names of runs; in the browser, so that they outlive both the page and the server.
         "history": gr.BrowserState([], storage_key="psd-runs", secret="psd"),
         "runs": gr.Gallery(label="Your runs", columns=6, visible=False, elem_id="history", **common),
-        "examples": gr.Gallery(
-            [(str(example.thumbnail), example.title) for example in shown],
-            label="Examples: click to see their arms", columns=4, visible=bool(shown), elem_id="examples", **common,
-        ),
+        **{
+            f"examples_{mode}": gr.Gallery(
+                [(str(example.thumbnail), example.title) for example in shown if example.mode == mode],
+                label=f"Examples, {info.label.lower()}: click to see the arms and what to look at", columns=4,
+                visible=any(example.mode == mode for example in shown), elem_id=f"examples_{mode}", **common,
+            )
+            for mode, info in MODES.items()
+        },
     }  # fmt: skip

@@ -1,7 +1,7 @@
 """What ships in examples/: prompts to start from, precomputed results, API recipes.
 
-    examples/prompts.json                [{"title": str, "config": {RunConfig fields that differ from the preset}}]
-    examples/index.json                  [{"slug": str, "title": str}]   absent until the results are generated
+    examples/prompts.json                [{"title": str, "note": str, "config": {what differs from the preset}}]
+    examples/index.json                  [{"slug": str, "title": str, "note": str}]   absent until there are results
     examples/<slug>/                     a run's folder: psd.record reads it
     examples/api_python.py, api_javascript.mjs, api_curl.sh
 
@@ -29,6 +29,11 @@ class Example:
 
     title: str
     directory: Path
+    note: str = ""  # what to look at
+
+    @property
+    def mode(self) -> str:
+        return read(self.directory).settings.get("mode", "")
 
     @property
     def thumbnail(self) -> Path | None:
@@ -49,7 +54,11 @@ def load_examples(root: Path = EXAMPLES) -> list[Example]:
     if not index.exists():
         return []
     entries = json.loads(index.read_text(encoding="utf-8"))
-    found = [Example(entry["title"], root / entry["slug"]) for entry in entries if SLUG.fullmatch(entry["slug"])]
+    found = [
+        Example(entry["title"], root / entry["slug"], entry.get("note", ""))
+        for entry in entries
+        if SLUG.fullmatch(entry["slug"])
+    ]
     return [example for example in found if example.thumbnail]
 
 

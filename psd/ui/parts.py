@@ -39,6 +39,8 @@ HEADER = f"""
 TABLES = {"preset": PRESETS, "prior": PRIORS, "reward": REWARDS, "method": METHODS, "mode": MODES}
 TARGET_TAG = '<span class="psd-tag target">target</span>'
 MEMBER_TAG = '<span class="psd-tag target">part of the target</span>'
+READ_REWARD = "Higher is better: how well the picture would do if it were finished now."
+READ_TERMS = "How far each pulls at a step: to what is likely, to what the prompt says, to what is liked."
 BASELINE = "without"  # changes are told against this arm where it ran, else against the last one
 FILES = {
     "picture": "PNG", **{kind: f"PNG {kind.removeprefix('picture_')}" for kind in PICTURES[1:]},
@@ -122,15 +124,15 @@ def charts(rows: Sequence[Mapping[str, float]], last_step: int, reward: str, arm
 
     rewards = [series(arm, f"reward_{arm}", arm_label(arm)) for arm in arms]
     terms = [
-        series("gen", "delta_gen", "δ_gen"),
-        series("cls", "delta_cls", "γ δ_cls"),
-        series("pref", "delta_pref", "β δ_pref"),
+        series("gen", "delta_gen", "likely δ_gen"),
+        series("cls", "delta_cls", "prompt γ δ_cls"),
+        series("pref", "delta_pref", "liked β δ_pref"),
     ]
     whose = f", {arm_label(arms[0])}" if len(arms) > 1 else ""
     return (
         '<div class="psd-charts">'
-        + line_chart(f"Reward of the prediction ({reward})", steps, rewards, last_step)
-        + line_chart(f"Size of the three terms{whose}", steps, terms, last_step)
+        + line_chart(f"Reward of the prediction ({reward})", steps, rewards, last_step, READ_REWARD)
+        + line_chart(f"Size of the three terms{whose}", steps, terms, last_step, READ_TERMS)
         + "</div>"
     )
 

@@ -24,8 +24,11 @@ class Series:
     values: Sequence[float]
 
 
-def line_chart(title: str, steps: Sequence[int], series: Sequence[Series], last_step: int) -> str:
-    """<figure> with a legend (label and last value) and an SVG with axes; `last_step` fixes the x axis at the start."""
+def line_chart(title: str, steps: Sequence[int], series: Sequence[Series], last_step: int, reading: str = "") -> str:
+    """<figure> with a legend (label and last value) and an SVG with axes; `last_step` fixes the x axis at the start.
+
+    reading: one line that says how to read it.
+    """
     shown = [line for line in series if any(math.isfinite(value) for value in line.values)]
     values = [value for line in shown for value in line.values if math.isfinite(value)]
     ticks = nice_ticks(min(values), max(values)) if values else [0.0, 0.5, 1.0]
@@ -63,7 +66,8 @@ def line_chart(title: str, steps: Sequence[int], series: Sequence[Series], last_
     spoken = escape(f"{title}: " + ", ".join(f"{line.label} {_last(line.values)}" for line in shown), quote=True)
     return (
         f'<figure class="psd-chart"><figcaption>{escape(title)}<ul>{legend}</ul></figcaption>'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{spoken}">{"".join(parts)}</svg></figure>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{spoken}">{"".join(parts)}</svg>'
+        f"<p>{escape(reading)}</p></figure>"
     )
 
 

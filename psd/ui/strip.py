@@ -18,8 +18,8 @@ from psd.ui.parts import file_url, key, score
 
 OPENS_AT = 0.2  # of a run: there the two differ in a way that can be seen
 SIDES = {"better": "liked better", "worse": "liked less"}
-TERMS = {"gen": ("delta_gen", "the prior δ_gen"), "cls": ("delta_cls", "the prompt γ δ_cls"),
-         "pref": ("delta_pref", "the preference β δ_pref")}  # fmt: skip
+TERMS = {"gen": ("delta_gen", "likely δ_gen"), "cls": ("delta_cls", "prompt γ δ_cls"),
+         "pref": ("delta_pref", "liked β δ_pref")}  # fmt: skip
 
 
 def strips(result: Result) -> str:

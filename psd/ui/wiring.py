@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from html import escape
 from pathlib import Path
@@ -12,13 +12,14 @@ from typing import Any
 import gradio as gr
 import spaces
 
-from psd.config import MAX_SEED, RunConfig, presets_of
+from psd.config import MAX_SEED, MODES, RunConfig, presets_of
 from psd.errors import RequestError
 from psd.models.needs import check_downloads
 from psd.record import Result, read, settings_of
 from psd.ui import api
 from psd.ui.create import COPIES, Page
 from psd.ui.estimate import check_work, note_speed
+from psd.ui.examples import Example
 from psd.ui.files import is_asked_to_stop, run_folder
 from psd.ui.form import (
     NAMES,
@@ -148,14 +149,19 @@ def connect_results(demo: gr.Blocks, header: gr.HTML, page: Page) -> None:
             show_progress="hidden",
         )  # fmt: skip
 
-    def show_example(event: gr.SelectData) -> list[Any]:
-        return show_again(read(page.shown[event.index].directory))
+    def show_from(examples: list[Example]) -> Callable[[gr.SelectData], list[Any]]:
+        def show_example(event: gr.SelectData) -> list[Any]:
+            return show_again(read(examples[event.index].directory), examples[event.index].note)
+
+        return show_example
 
     def show_run(history: list[str], event: gr.SelectData) -> list[Any]:
         return show_again(read(run_folder(history[event.index]) or Path()))
 
     again = [*page.controls.values(), page.form["randomise"], *results]
-    galleries["examples"].select(show_example, None, again, **LIGHT)
+    for mode in MODES:
+        examples = [each for each in page.shown if each.mode == mode]
+        galleries[f"examples_{mode}"].select(show_from(examples), None, again, **LIGHT)
     galleries["runs"].select(show_run, galleries["history"], again, **LIGHT)
     demo.load(recall_runs, galleries["history"], [galleries["history"], galleries["runs"]], **LIGHT)
 
@@ -253,11 +259,11 @@ def thumbnail(result: Result) -> Path | None:
     return next((arm.picture for arm in result.arms.values() if arm.picture), None)
 
 
-def show_again(result: Result) -> list[Any]:
-    """A finished run back on the page, and its settings back in the form."""
+def show_again(result: Result, note: str = "") -> list[Any]:
+    """A finished run back on the page, with what to look at, and its settings back in the form."""
     if not thumbnail(result):
         raise gr.Error("This run's files have been tidied away; press Run to draw it again.", print_exception=False)
-    return [*fill_again(result.settings), False, *show_end(result)]
+    return [*fill_again(result.settings), False, *show_end(result, (note,) if note else ())]
 
 
 def restore_file(path: str | None) -> list[Any]:
