@@ -215,6 +215,12 @@ def test_a_run_can_be_looked_into_and_survives_a_reload(browser: Browser, app_ur
     with ZipFile(saved(page, "everything (ZIP), whole run", tmp_path / "everything.zip")) as archive:
         assert {"with.png", "without.png", "with_pairs.webp", "metrics.csv", "run.json"} <= set(archive.namelist())
 
+    page.get_by_role("button", name="Four more like this").click()
+    page.wait_for_function("document.querySelector('#stop:not([disabled])')")
+    seed = finished(page).rpartition("seed ")[2].split()[0]
+    first = int(page.locator("#seed input").input_value())
+    assert page.locator("#gallery figcaption").all_inner_texts() == [f"seed {first + more}" for more in range(4)]
+
     page.wait_for_function("location.search.includes('run=')")
     page.reload()
     page.locator("#status").get_by_text(f"seed {seed}").wait_for()

@@ -14,7 +14,7 @@ from psd.models.rewards.table import EXAMPLE, REWARDS
 from psd.modes.pictures import TURNTABLE_FRAMES
 from psd.ui.examples import Example
 from psd.ui.form import GROUPS, NAMES, START, control, download_box, model_note
-from psd.ui.show import MODELS, OUTPUTS, SIDES, opening
+from psd.ui.show import MODELS, MORE, OUTPUTS, SIDES, opening
 
 COPIES = {"link": "Link", "python": "Python", "curl": "curl", "shell": "Command line"}  # page.js writes each
 HELP = {
@@ -190,6 +190,7 @@ def build_results(first: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
             outputs["charts"] = html(**first.get("charts", {}), elem_id="charts")
     outputs["strips"] = html(**first.get("strips", {}), elem_id="strips")
     outputs["gallery"] = html(elem_id="gallery")
+    outputs["more"] = gr.Button(MORE, size="sm", elem_id="more", visible=False)
     outputs["files"] = html(elem_id="files")
     outputs["directory"] = gr.State(None)
     outputs["looked_at"] = gr.State(())  # the run's folder and the arms under the slider
@@ -209,7 +210,7 @@ def build_galleries(shown: list[Example]) -> dict[str, Any]:
         **{
             f"examples_{mode}": gr.Gallery(
                 [(str(example.thumbnail), example.title) for example in shown if example.mode == mode],
-                label=f"Examples, {info.label.lower()}: click to see the arms and what to look at", columns=4,
+                label=f"Examples, {info.label}: click to see the arms and what to look at", columns=4,
                 visible=any(example.mode == mode for example in shown), elem_id=f"examples_{mode}", **common,
             )
             for mode, info in MODES.items()

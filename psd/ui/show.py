@@ -25,8 +25,10 @@ SIDES = ("left", "right")  # of the slider, the viewers and the turntables: two 
 MODELS = ("left_model", "right_model")
 # What a run changes, in the order of every update below.
 OUTPUTS = ("status", "preview", "gallery", "chooser", "left", "right", "slider", "angle", "single", "object",
-           "left_video", "right_video", "scores", "files", "charts", "strips", "directory", "looked_at")  # fmt: skip
+           "left_video", "right_video", "scores", "files", "charts", "strips", "more", "directory",
+           "looked_at")  # fmt: skip
 HIDDEN = {"visible": False}
+MORE = "Four more like this"
 OPENING = ("slider", "left_video", "right_video")
 IDLE = "Ready. Enter a prompt and press Run."
 
@@ -66,7 +68,7 @@ def opening(shown: Sequence[Example]) -> dict[str, dict[str, Any]]:
 
 def show_cleared(config: RunConfig) -> list[Any]:
     """The page before a run."""
-    hidden = {name: gr.update(**HIDDEN) for name in ("chooser", "slider", "angle", "single", "object")}
+    hidden = {name: gr.update(**HIDDEN) for name in ("chooser", "slider", "angle", "single", "object", "more")}
     hidden |= {f"{side}_video": gr.update(value=None, **HIDDEN) for side in SIDES}
     label = "Preview: " + " | ".join(map(arm_label, arm_names(config.arms)))
     return updates(
@@ -129,6 +131,7 @@ def show_end(result: Result, warnings: tuple[str, ...] = ()) -> list[Any]:
         files=parts.downloads(result),
         charts=parts.charts(result.rows, steps, target, list(result.arms)) or gr.skip(),
         strips=strips(result),
+        more=gr.update(value=MORE, visible=bool(seen) and result.settings.get("mode") == "image"),
         directory=str(result.directory),
         looked_at=(str(result.directory), *pair),
         **sides,

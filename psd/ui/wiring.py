@@ -12,7 +12,7 @@ from typing import Any
 import gradio as gr
 import spaces
 
-from psd.config import MAX_SEED, MODES, RunConfig, presets_of
+from psd.config import MAX_SEED, MODES, RunConfig, presets_of, seeds_of
 from psd.errors import RequestError
 from psd.models.needs import check_downloads
 from psd.record import Result, read, settings_of
@@ -149,6 +149,10 @@ def connect_results(demo: gr.Blocks, header: gr.HTML, page: Page) -> None:
             show_progress="hidden",
         )  # fmt: skip
 
+    drawn = [page.controls["seed"], page.controls["images"]]
+    more = outputs["more"].click(four_more, drawn, [*drawn, page.form["randomise"]], **LIGHT)
+    more.then(None, js="() => document.querySelector('#run').click()", **PRIVATE)
+
     def show_from(examples: list[Example]) -> Callable[[gr.SelectData], list[Any]]:
         def show_example(event: gr.SelectData) -> list[Any]:
             return show_again(read(examples[event.index].directory), examples[event.index].note)
@@ -215,6 +219,11 @@ def stop_run(token: str) -> dict[str, Any]:
 def idle() -> list[Any]:
     """The buttons between runs, and no token."""
     return [gr.update(interactive=True), gr.update(value="Stop", interactive=False), ""]
+
+
+def four_more(seed: int, images: int) -> tuple[int, int, bool]:
+    """The next four seeds after those on the page, and no random one."""
+    return seeds_of(int(seed), int(images) + 1)[-1], 4, False
 
 
 def choose_preset(preset: str) -> list[Any]:
