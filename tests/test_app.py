@@ -25,7 +25,7 @@ from psd.config import LOCAL, MAX_PROMPT_CHARS, RunConfig
 from psd.errors import RequestError
 from psd.models.rewards.table import REWARDS
 from psd.record import read, settings_of
-from psd.ui import api, create, examples, files, form, parts, plots, watch
+from psd.ui import api, create, examples, files, form, parts, plots, watch, wiring
 from tests import app_server
 
 EXAMPLES = Path(examples.EXAMPLES)
@@ -305,6 +305,12 @@ def test_presets_fill_every_control_but_what_is_drawn():
     kept = {name for name, value in filled.items() if isinstance(value, dict) and value.get("__type__") == "update"}
     assert kept == set(form.KEPT_BY_PRESETS)
     assert filled["pref_form"] == "paper" and filled["steps"] == 50
+
+
+def test_a_browsers_list_of_runs_is_not_believed():
+    kept, gallery = wiring.recall_runs(["../psd-stops", "0123456789ab", 5, None, {"path": "/etc"}, 300 * "a"])
+    assert kept == [] and not gallery["visible"]
+    assert wiring.recall_runs("0123456789ab")[0] == wiring.recall_runs(None)[0] == []
 
 
 def test_the_page_opens_with_what_its_preset_has():

@@ -247,17 +247,18 @@ def models_used(prior: str, reward: str, fast_decoder: bool) -> list[Any]:
     return [model_note(*models), gr.update(visible=download_box(*models)["visible"])]
 
 
-def remember_run(directory: str | None, history: list[str]) -> tuple[list[str], Any]:
+def remember_run(directory: str | None, history: Any) -> tuple[list[str], Any]:
     """Newest first."""
     if directory and (newest := read(Path(directory))).settled:
         # A GPU worker of ZeroGPU cannot tell this process how fast it was.
         note_speed(RunConfig.from_dict(newest.settings), newest.seconds, newest.steps_done)
-    return recall_runs([*([Path(directory).name] if directory else []), *(history or [])])
+    known = history if isinstance(history, list) else []
+    return recall_runs([Path(directory).name, *known] if directory else known)
 
 
-def recall_runs(history: list[str]) -> tuple[list[str], Any]:
+def recall_runs(history: Any) -> tuple[list[str], Any]:
     """Those whose files are still there, and their pictures; the browser may send anything."""
-    names = list(dict.fromkeys(name for name in history or [] if run_folder(name)))
+    names = list(dict.fromkeys(name for name in history if run_folder(name))) if isinstance(history, list) else []
     results = [result for name in names if thumbnail(result := read(run_folder(name) or Path()))][:MAX_HISTORY]
     pictures = [(str(thumbnail(result)), f"seed {result.settings.get('seed', '?')}") for result in results]
     return [result.directory.name for result in results], gr.update(value=pictures, visible=bool(pictures))
