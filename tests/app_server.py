@@ -26,15 +26,16 @@ def address() -> str:
     return url
 
 
-def start() -> tuple[subprocess.Popen, str]:
-    """A process of the app, and its URL once it answers."""
+def start(quiet: bool = False) -> tuple[subprocess.Popen, str]:
+    """A process of the app, and its URL once it answers; a quiet one keeps what gradio has to say to itself."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = os.environ | {
         "GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_SERVER_PORT": str(port), "PSD_MAX_RUN_S": MAX_RUN_S,
     }  # fmt: skip
-    process = subprocess.Popen([sys.executable, "app.py"], cwd=ROOT, env=environment)
+    said = subprocess.DEVNULL if quiet else None
+    process = subprocess.Popen([sys.executable, "app.py"], cwd=ROOT, env=environment, stdout=said, stderr=said)
     url, give_up = f"http://127.0.0.1:{port}", time.monotonic() + LAST_S
     while True:
         assert process.poll() is None, f"the app ended with status {process.returncode}"

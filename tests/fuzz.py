@@ -148,9 +148,14 @@ class Fuzz:
 
 
 def main(requests: int = 5000, seed: int = 0, url: str = "") -> int:
-    fuzz = Fuzz(url or app_server.address(), seed)
+    process = None
+    if not url:
+        process, url = app_server.start(quiet=True)
+    fuzz = Fuzz(url, seed)
     for _ in range(requests):
         fuzz.request()
+    if process:
+        app_server.stop(process)
     print("".join(f"{count:6} {kind}\n" for kind, count in fuzz.answers.most_common()), end="")
     print(*fuzz.bad[:20], sep="\n")
     return int(bool(fuzz.bad))

@@ -109,7 +109,7 @@ def resident_mb(pid: int) -> float:
 def main(runs: int = 250, url: str = "", pid: int = 0) -> int:
     process = None
     if not url:
-        process, url = app_server.start()
+        process, url = app_server.start(quiet=True)
         pid = process.pid
     soak = Soak(url, pid)
     soak.left = runs
