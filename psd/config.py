@@ -265,6 +265,7 @@ def arms_of(config: RunConfig) -> dict[str, RunConfig]:
 
 TOYBOX_NEGATIVE = "low quality, faded, dim, plain, blurry, tilted"  # the dull ends of psd.toybox.taste
 TOYBOX = dict(prior="toybox/sd", reward="toybox/preference", negative_prompt=TOYBOX_NEGATIVE, fast_decoder=True)
+EVERY_SECOND = dict(pref_interval=2, negative_interval=2)  # ranked every second step, n moved every fourth
 SD_NEGATIVE = "ugly, blurry, low quality, lowres, deformed, bad anatomy, artifacts"
 
 MVDREAM_NEGATIVE = (
@@ -283,8 +284,8 @@ MVDREAM = dict(
 
 # name -> overrides of RunConfig's defaults. The measured result of each stands in README.md, "Does it work?".
 PRESETS: dict[str, dict[str, Any]] = {
-    "toybox-image":      dict(**TOYBOX, steps=50, gamma=2.0, pref_weight=0.3, negative_lr=2e-2),
-    "toybox-quick":      dict(**TOYBOX, steps=25, gamma=2.0, pref_weight=0.3, negative_lr=2e-2),
+    "toybox-image":      dict(**TOYBOX, steps=50, gamma=2.0, pref_weight=0.3, negative_lr=4e-2, **EVERY_SECOND),
+    "toybox-quick":      dict(**TOYBOX, steps=25, gamma=2.0, pref_weight=0.3, negative_lr=4e-2, **EVERY_SECOND),
     "toybox-paper-form": dict(**TOYBOX, steps=50, gamma=2.0, pref_weight=0.3, negative_lr=2e-2, pref_form="paper"),
     # Algorithm 2 and Table 3: SD 1.5, HPSv2.1, N = 50, eq. 12 alone (n fixed). gamma and Adam's rate are not given:
     # 7.5 is SD 1.5's own default, and the DDIM update needs no rate.

@@ -124,19 +124,21 @@ def test_pictures_are_judged_again_without_being_made(tmp_path: Path):
     assert np.abs(kept / 255 - made[0]["full"].permute(0, 2, 3, 1).numpy()).max() <= 0.5 / 255 + 1e-6
 
 
+EVERY_STEP = dict(pref_interval=1, negative_interval=1)
 BEYOND_FULL_PSD = {
     image: {
         "DDIM (plain arm)": dict(method="sds"),
         "score distillation with Adam, no preference": dict(method="sds", update="adam"),
-        "winner selection alone": dict(pref_weight=0.0, negative_lr=0.0),
-        "delta_pref, paper's form": dict(negative_lr=0.0, pref_form="paper"),
-        "delta_pref, centred": dict(negative_lr=0.0),
-        "negative embedding alone": dict(method="negative"),
-        "full PSD, paper's form": dict(pref_form="paper"),
-        "full PSD, centred": {},
-        "full PSD, n at 0.001": dict(negative_lr=1e-3),
-        "full PSD, n at 0.04": dict(negative_lr=4e-2),
-        "full PSD, n at 0.1": dict(negative_lr=1e-1),
+        "winner selection alone": EVERY_STEP | dict(pref_weight=0.0, negative_lr=0.0),
+        "delta_pref, paper's form": EVERY_STEP | dict(negative_lr=0.0, pref_form="paper"),
+        "delta_pref, centred": EVERY_STEP | dict(negative_lr=0.0),
+        "negative embedding alone": EVERY_STEP | dict(method="negative", negative_lr=2e-2),
+        "full PSD, paper's form": EVERY_STEP | dict(pref_form="paper", negative_lr=2e-2),
+        "full PSD, centred": EVERY_STEP | dict(negative_lr=2e-2),
+        "full PSD, centred, every second step: the preset": {},
+        "full PSD, n at 0.001": EVERY_STEP | dict(negative_lr=1e-3),
+        "full PSD, n at 0.04": EVERY_STEP,
+        "full PSD, n at 0.1": EVERY_STEP | dict(negative_lr=1e-1),
     },
     scene: {
         "without preference": dict(method="sds"),

@@ -202,11 +202,13 @@ def test_a_run_can_be_looked_into_and_survives_a_reload(browser: Browser, app_ur
     run(page)
     seed = finished(page).rpartition("seed ")[2].split()[0]
     pair = page.locator("#strips .psd-pair").first
-    assert pair.locator("output").inner_text() == "step 3 of 6"  # the first is the start, which ranks nothing
+    assert pair.locator("output").inner_text() == "step 4 of 6"  # the start ranks nothing, then every second step does
     worse = pair.locator(".worse b").inner_text()
     pair.locator("input").press("ArrowRight")
-    assert pair.locator("output").inner_text() == "step 4 of 6" and pair.locator(".worse b").inner_text() != worse
+    assert pair.locator("output").inner_text() == "step 6 of 6" and pair.locator(".worse b").inner_text() != worse
     assert float(pair.locator(".better b").inner_text()) >= float(pair.locator(".worse b").inner_text())
+    pair.locator("input").press("Home")
+    assert pair.locator("output").inner_text() == "step 2 of 6"
     pair.get_by_role("button", name="Play").click()
     page.get_by_text("step 6 of 6").wait_for()
     pair.get_by_text("How it works").click()

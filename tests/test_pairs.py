@@ -84,7 +84,9 @@ def test_only_what_was_ranked_is_kept():
 
 def test_a_run_keeps_what_its_reward_saw(tmp_path: Path):
     """The sheet's better one has the score that the step noted; the page tells the same, and escapes it."""
-    config = RunConfig.from_preset(prompt="a lamp", steps=5, arms="with, without, selection", negative_lr=0.0)
+    config = RunConfig.from_preset(
+        prompt="a lamp", steps=5, arms="with, without, selection", negative_lr=0.0, pref_interval=1
+    )
     *_, last = generate(config, tmp_path)
     result = read(last.directory)
     assert [name for name, each in result.arms.items() if "pairs" in each.files] == ["with", "selection"]

@@ -31,13 +31,19 @@ from psd.toybox.evaluate import facts_of
 PRESET, PROMPTS, SEEDS, BATCH = "toybox-image", 40, 3, 15
 SHEET_COLUMNS, SHOWN_EVERY = 10, 1
 COLUMNS = JUDGED | {"facts": Column("facts right (%)", 1), "all_facts": Column("all facts right (%)", 1)}
+EVERY_STEP = dict(pref_interval=1, negative_interval=1)  # the preset does half of it, at twice the rate
+RATE = dict(negative_lr=2e-2)
 ROWS: Rows = {
     "DDIM (plain arm)": ("without", {}),
     "score distillation with Adam, no preference": ("without", dict(update="adam")),
-    **PARTS,
-    "full PSD, paper's form": ("paper-form", {}),
-    "full PSD, centred": ("with", dict(pref_form="centred")),
-    **RATES,
+    **{
+        title: (arm, EVERY_STEP | (RATE if arm == "negative-only" else {}) | beyond)
+        for title, (arm, beyond) in PARTS.items()
+    },
+    "full PSD, paper's form": ("paper-form", EVERY_STEP | RATE),
+    "full PSD, centred": ("with", EVERY_STEP | RATE),
+    "full PSD, centred, every second step: the preset": ("with", {}),
+    **{title: (arm, EVERY_STEP | beyond) for title, (arm, beyond) in RATES.items()},
 }
 
 
