@@ -75,10 +75,10 @@ def test_generate_streams_previews_then_returns_everything(finished: list[tuple]
     for name, arm in arms.items():
         assert {"toybox/preference", "toybox/judge"} <= arm["scores"].keys()
         assert all(math.isfinite(value) for value in arm["scores"].values())
-        learned = {"negative": f"{name}_negative.safetensors"} if name == "with" else {}
-        assert arm["files"] == {"picture": f"{name}.png"} | learned and arm["remarks"] == {}
-    names = ["with.png", "with_negative.safetensors", "without.png", "metrics.csv", "run.json"]
-    assert [Path(path).name for path in paths] == names
+        more = {"negative": "with_negative.safetensors", "pairs": "with_pairs.webp"} if name == "with" else {}
+        assert arm["files"] == {"picture": f"{name}.png"} | more and arm["remarks"].keys() == more.keys() - {"negative"}
+    names = ["with.png", "with_negative.safetensors", "with_pairs.webp", "without.png", "metrics.csv", "run.json"]
+    assert [Path(path).name for path in paths] == [*names, "everything.zip"]
 
 
 def test_files_of_a_run_restore_its_settings(finished: list[tuple]):
@@ -231,7 +231,7 @@ def test_two_clients_never_share_a_folder(app_url: str):
 
     with ThreadPoolExecutor(2) as pool:
         first, second = ({file["path"] for file in paths} for paths in pool.map(run, (1, 2)))
-    assert len(first) == len(second) == 5 and not first & second
+    assert len(first) == len(second) == 7 and not first & second
 
 
 def test_api_describes_itself(client: Client):

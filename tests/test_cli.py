@@ -264,7 +264,8 @@ def test_a_terminated_run_writes_its_results_first(tmp_path: Path):
     result = read(folder)
     assert result.state == "done" and " after step " in result.stopped
     assert set(result.arms) == {"with", "without"} and all(arm.picture for arm in result.arms.values())
-    assert f"is in {folder}: with.png, with_negative.safetensors, without.png, metrics.csv, run.json" in shown
+    files = "with.png, with_negative.safetensors, with_pairs.webp, without.png, metrics.csv, run.json, everything.zip"
+    assert f"is in {folder}: {files}" in shown
 
 
 @pytest.mark.parametrize(

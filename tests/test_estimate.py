@@ -137,7 +137,8 @@ def test_the_nearest_of_the_measured_counts():
 )  # fmt: skip
 def test_the_model_of_work_holds_against_measured_steps(mode: str, settings: dict, measured_ms: float):
     """Curves and previews apart, which those measurements leave out."""
-    config = changed(CONFIGS[mode], steps=20_000, fast_decoder=False, **settings)
+    every_step = dict(pref_interval=1, negative_interval=1) if mode == "image" else {}
+    config = changed(CONFIGS[mode], steps=20_000, fast_decoder=False, **every_step, **settings)
     assert estimate.work_of(config) == pytest.approx(measured_ms, rel=0.2)
 
 

@@ -17,7 +17,9 @@ from psd.modes.image import ImageStage
 from psd.schedule import NoiseSchedule, descending_timesteps
 from tests.gaussian import ExactPrior, PlainReward
 
-CONFIG = RunConfig.from_preset(prompt="a longer prompt", negative_prompt="bad", steps=8, negative_lr=1e-2)
+CONFIG = RunConfig.from_preset(
+    prompt="a longer prompt", negative_prompt="bad", steps=8, negative_lr=1e-2, pref_interval=1, negative_interval=1
+)
 SHAPE = (2, 3, 3)
 
 

@@ -86,8 +86,9 @@ def test_metrics(events: list):
 def test_files(events: list, config: RunConfig):
     last = events[-1]
     assert isinstance(last, Finished)
-    expected = [f"{arm}{end}" for arm in ("with", "without") for end in ARM_FILES] + ["with_negative.safetensors"]
-    assert sorted(path.name for path in last.directory.iterdir()) == sorted([*expected, "metrics.csv", "run.json"])
+    expected = [f"{arm}{end}" for arm in ("with", "without") for end in ARM_FILES]
+    expected += ["with_negative.safetensors", "with_pairs.webp", "metrics.csv", "run.json", "everything.zip"]
+    assert sorted(path.name for path in last.directory.iterdir()) == sorted(expected)
     found = record.read(last.directory)
     assert found.arms == last.arms and found.state == "done" and len(found.rows) == 4
     assert all(path.stat().st_size > 0 for path in found.files)
@@ -123,7 +124,7 @@ def first_look(directory: Path) -> bool:
     found = record.read(directory)
     kinds = {name: list(arm.files) for name, arm in found.arms.items()}
     assert found.state == "writing" and all(arm.scores and arm.picture for arm in found.arms.values())
-    return kinds == {"with": ["picture", "negative", "glb"], "without": ["picture", "glb"]}
+    return kinds == {"with": ["picture", "negative", "pairs", "glb"], "without": ["picture", "glb"]}
 
 
 def test_who_leaves_while_slower_files_are_written_keeps_the_meshes(config: RunConfig, tmp_path: Path):

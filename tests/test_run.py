@@ -23,7 +23,9 @@ from psd.models.rewards import load_reward
 from psd.modes import image
 from psd.ui.parts import picture_grid
 
-CONFIG = RunConfig.from_preset(prompt="a red mushroom with a white stem", steps=6, seed=3)
+CONFIG = RunConfig.from_preset(
+    prompt="a red mushroom with a white stem", steps=6, seed=3, pref_interval=1, negative_interval=1
+)
 
 
 def run(config: RunConfig, root: Path) -> Finished:
@@ -67,7 +69,8 @@ def test_metrics(events: list):
 
 def test_files(events: list):
     last: Finished = events[-1]
-    names = ["metrics.csv", "run.json", "with.png", "with_negative.safetensors", "without.png"]
+    names = ["everything.zip", "metrics.csv", "run.json", "with.png", "with_negative.safetensors", "with_pairs.webp"]
+    names.append("without.png")
     assert sorted(path.name for path in last.directory.iterdir()) == names
     found = record.read(last.directory)
     assert found.arms == last.arms and sorted(path.name for path in found.files) == names
@@ -119,7 +122,7 @@ def test_several_pictures_are_those_of_as_many_seeds_and_each_restores_its_own(t
     config = replace(CONFIG, images=3, seed=MAX_SEED - 1, negative_lr=0.0)  # Adam would enlarge last bits
     events = list(generate(config, tmp_path))
     kinds, arm = ("picture", "picture_2", "picture_3"), events[-1].arms["with"]
-    assert list(arm.files) == list(kinds)
+    assert list(arm.files) == [*kinds, "pairs"]
     assert {event.image.shape for event in events if isinstance(event, Preview)} == {(3 * 128, 256, 3)}
     alone = [RunConfig.from_dict(record.settings_of(arm.files[kind])) for kind in kinds]
     assert [(one.seed, one.images) for one in alone] == [(MAX_SEED - 1, 1), (MAX_SEED, 1), (0, 1)]
@@ -223,8 +226,8 @@ def test_closing_keeps_the_last_state(tmp_path: Path):
     (directory,) = tmp_path.iterdir()
     found = record.read(directory)
     assert (found.state, found.stopped) == ("done", "Cancelled after step 3 of 40.")
-    names = ["with.png", "with_negative.safetensors", "without.png", "metrics.csv", "run.json"]
-    assert [path.name for path in found.files] == names
+    names = ["with.png", "with_negative.safetensors", "with_pairs.webp", "without.png", "metrics.csv", "run.json"]
+    assert [path.name for path in found.files] == [*names, "everything.zip"]
 
 
 def test_a_run_that_nobody_hears_writes_its_numbers_alone(tmp_path: Path):

@@ -51,7 +51,7 @@ def waits_of(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> list[Counter
 @pytest.mark.parametrize("arms", ["with", "with, without, selection"])
 def test_an_image_waits_once_a_step(arms: str, monkeypatch: pytest.MonkeyPatch):
     """For whether x_c is finite; the time shift and the step that Adam counts are on the host already."""
-    config = RunConfig.from_preset(prompt="a lamp", arms=arms, steps=4)
+    config = RunConfig.from_preset(prompt="a lamp", arms=arms, steps=4, pref_interval=1, negative_interval=1)
     _, *steps = waits_of(config, monkeypatch)
     assert steps == 3 * [{"_local_scalar_dense": 1 + 2}]
 
