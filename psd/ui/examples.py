@@ -13,11 +13,12 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from psd.config import LOCAL, RunConfig
-from psd.record import read
+from psd.record import Result, read
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SLUG = re.compile(r"[a-z0-9][a-z0-9-]*")
@@ -31,14 +32,19 @@ class Example:
     directory: Path
     note: str = ""  # what to look at
 
+    @cached_property
+    def result(self) -> Result:
+        """Its folder, read once: the page asks for it several times while it is built."""
+        return read(self.directory)
+
     @property
     def mode(self) -> str:
-        return read(self.directory).settings.get("mode", "")
+        return self.result.settings.get("mode", "")
 
     @property
     def thumbnail(self) -> Path | None:
         """Its first arm's picture."""
-        return next((arm.picture for arm in read(self.directory).arms.values() if arm.picture), None)
+        return next((arm.picture for arm in self.result.arms.values() if arm.picture), None)
 
 
 def load_prompts(root: Path = EXAMPLES) -> list[dict[str, Any]]:
