@@ -65,7 +65,7 @@ def artefacts_of(scene: Scene, frame: Frame, samples: int, mesh: Callable[[], Me
 
     def sheet(path: Path, about: dict[str, Any]) -> None:
         """Four views: colours, depth, normals, a row each."""
-        seen = scene.render(around(frame, SHEET_VIEWS), SHEET_PX, samples=2 * samples, with_normals=True)
+        seen = scene.render(around(frame, SHEET_VIEWS), SHEET_PX, samples=samples, with_normals=True)
         rows = (to_uint8(seen.rgb), depth_picture(seen), normal_picture(seen))
         export_png(path, np.concatenate([np.concatenate(list(row), 1) for row in rows]), about)
 

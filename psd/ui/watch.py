@@ -7,6 +7,7 @@ server's event loop even, and waits for nothing. Shared by the page and the publ
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import logging
 import queue
@@ -118,6 +119,7 @@ class Run(threading.Thread):
             try:
                 self.follow()
             finally:
+                trim_heap()
                 DEVICE.release()
         except Abandoned:
             self.views.put(RequestError("The run was given up: the server is closing."))
@@ -245,6 +247,15 @@ def free_memory(error: BaseException) -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def trim_heap() -> None:
+    """Give the system back what a run has freed: each run has a thread of its own, and glibc keeps its heap.
+
+    Over forty runs a server holds 270 MB more without it, and goes on growing. Nothing where there is no glibc.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def warm() -> None:
