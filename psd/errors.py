@@ -17,6 +17,10 @@ class RequestError(ValueError):
         self.field = field
 
 
+class Withheld(RequestError):
+    """A picture of a run that must not be shown: it ends, with its numbers alone."""
+
+
 class Abandoned(Exception):
     """Thrown into a run that nobody listens to any more: it ends at once, with little to show."""
 

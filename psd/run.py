@@ -19,11 +19,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from psd.config import MODES, RunConfig, arms_of
-from psd.contracts import Models, Reward, Stage
+from psd.content import UNCHECKED, is_judged
+from psd.contracts import Models, Prior, Reward, Stage
 from psd.distil import State, distil
-from psd.errors import Abandoned, RequestError, is_out_of_memory
+from psd.errors import Abandoned, RequestError, Withheld, is_out_of_memory
 from psd.events import Downloading, Finished, Preview, Shown, Started, Step
 from psd.methods import METHODS
+from psd.models.checker import SafetyChecker, load_checker
 from psd.models.hub import OWNER, Access
 from psd.models.needs import fetch_models
 from psd.models.priors import load_fast_decoder, load_prior
@@ -69,34 +71,35 @@ def generate(
     clock = Clock(config, deadline_s)  # loading counts
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     models, rewards = load(config, device)
+    judged = is_judged(config.prior, access == OWNER)
+    checker = load_checker(device) if judged else None
     stage: Stage = MODES[config.mode].load()(config, arms_of(config), models)
     rewards[config.reward] = measure = measuring(stage)
     record = Record(Path(output_root or "outputs") / uuid.uuid4().hex[:12], config, heard)
     states, stopped, failed = distil(models.prior, stage), "", False
     clock.start()
     try:
-        read = {"prompt": config.prompt} | ({} if config.negative_from else {"negative prompt": config.negative_prompt})
-        warnings = [remark for label, text in read.items() for remark in models.prior.remarks(text, label)]
-        if config.fast_decoder and not decoder_of(config.prior, True):  # another's would decode to noise
-            warnings.append(f"fast_decoder: none is known for the latents of {models.prior.name}, its VAE is used.")
-        yield Started(record.directory.name, record.directory, config, tuple(stage.arms), tuple(warnings))
+        warnings = (*warnings_of(config, models.prior), *([UNCHECKED] if judged and not checker else []))
+        yield Started(record.directory.name, record.directory, config, tuple(stage.arms), warnings)
         for state in states:
             if state.failure:
                 stopped, failed = state.failure, True
                 break
             record.pairs.look(state.step, stage.arms)
-            yield from told(state, stage, measure, record.rows, clock)
+            yield from told(state, stage, measure, record.rows, clock, checker)
             record.check_heard()
             if state.step < config.steps and (stopped := clock.over(state.step) or stop()):
                 break
         seconds = clock.seconds
         record.remarks += unscored(record.rows)
+        if checker:
+            check_results(checker, stage, record)
         for _ in record.write(stage, rewards, seconds, stopped, failed):
             yield Shown(record.directory)
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)  # what a failed step held: it may be what there was no room for
         stopped, failed = ending(error, len(record.rows), config.steps)
-        shown = None if isinstance(error, Abandoned) else stage
+        shown = None if checker or isinstance(error, Abandoned) else stage  # unchecked pictures are not written
         for _ in record.write(shown, {}, clock.seconds, stopped, failed):
             pass  # nobody is told any more
         raise
@@ -148,6 +151,15 @@ def load(config: RunConfig, device: str) -> tuple[Models, dict[str, Reward]]:
     return Models(prior, rewards[config.reward], decode), rewards
 
 
+def warnings_of(config: RunConfig, prior: Prior) -> list[str]:
+    """What of the request the prior will not do, one sentence each."""
+    read = {"prompt": config.prompt} | ({} if config.negative_from else {"negative prompt": config.negative_prompt})
+    warnings = [remark for label, text in read.items() for remark in prior.remarks(text, label)]
+    if config.fast_decoder and not decoder_of(config.prior, True):  # another's would decode to noise
+        warnings.append(f"fast_decoder: none is known for the latents of {prior.name}, its VAE is used.")
+    return warnings
+
+
 def load_rewards(target: str, device: str) -> dict[str, Reward]:
     """The target, its members one by one where it is a mixture, and the held-out judges. Raises RequestError.
 
@@ -173,9 +185,14 @@ def measuring(stage: Stage) -> Reward:
 
 
 def told(
-    state: State, stage: Stage, reward: Reward, rows: list[dict[str, float]], clock: Clock
+    state: State,
+    stage: Stage,
+    reward: Reward,
+    rows: list[dict[str, float]],
+    clock: Clock,
+    checker: SafetyChecker | None,
 ) -> Iterator[Step | Preview]:
-    """The events of a step; its row of metrics.csv is appended to `rows`."""
+    """The events of a step; its row of metrics.csv is appended to `rows`. Raises Withheld instead of a preview."""
     steps = clock.steps
     preview_due = clock.preview_due(state.step, stage.preview_every_s)
     measured = preview_due or state.step % max(1, steps // MEASURED_STEPS) == 0
@@ -184,6 +201,8 @@ def told(
     rows.append({"step": state.step, **row})
     yield Step(state.step, steps, clock.seconds, clock.seconds / state.step * (steps - state.step), row)
     if preview_due:
+        if checker:  # in 3D the step's own renders: the same object as the preview's, and larger
+            checker.check(torch.cat(list(views.values())))
         yield Preview(state.step, stage.preview(views))
 
 
@@ -210,6 +229,15 @@ def metrics_of(
     return {what: value for what, value in row.items() if value or not what.startswith("unscored")}
 
 
+def check_results(checker: SafetyChecker, stage: Stage, record: Record) -> None:
+    """Raise Withheld unless all passes that the files would show: pictures, or an object from all around, and pairs."""
+    for name in stage.arms:
+        record.check_heard()
+        checker.check(stage.scored(name)[0])
+        for moment in record.pairs.arms.get(name, {}).values():
+            checker.check(moment.images.flatten(0, 1))
+
+
 def unscored(rows: list[dict[str, float]]) -> list[str]:
     """A sentence where a noise could not be scored in some step, of whatever arm."""
     count = sum(any(what.startswith("unscored") for what in row) for row in rows)
@@ -223,6 +251,8 @@ def ending(error: BaseException, done: int, steps: int) -> tuple[str, bool]:
     after = f"after step {done} of {steps}"
     if isinstance(error, (GeneratorExit, Abandoned)):
         return f"Cancelled {after}.", False
+    if isinstance(error, Withheld):
+        return str(error), False
     if isinstance(error, (KeyboardInterrupt, SystemExit)):
         return f"Interrupted {after}.", False
     if is_out_of_memory(error):

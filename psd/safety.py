@@ -17,6 +17,7 @@ from jaxtyping import Float32
 from PIL import Image, ImageOps
 
 from psd.config import ARMS, FIELDS, MAX_PROMPT_CHARS, MODES, PRESETS, RunConfig, Setting, arm_names, arms_of
+from psd.content import check_prompt, is_judged
 from psd.embedding import read_embedding
 from psd.errors import RequestError, shown, unknown_name
 from psd.methods import METHODS
@@ -53,6 +54,8 @@ def check_request(config: RunConfig, allow_local: bool = False, uploads: Path | 
         check_name(name, getattr(config, name), table)
     check_arms(config)
     check_models(config, allow_local)
+    if is_judged(config.prior, owner=allow_local):
+        check_prompt(config.prompt)
     check_negative(config, allow_local, uploads)
     check_mode(config)
     if config.t_min >= config.t_max:

@@ -22,6 +22,7 @@ LAYERS = [
     {"psd.scene", "psd.schedule", "psd.events", "psd.embedding"},
     {"psd.contracts"},
     {"psd.methods", "psd.models", "psd.score", "psd.pairs", "psd.distil"},
+    {"psd.content"},
     {"psd.safety", "psd.record", "psd.modes", "psd.budget"},
     {"psd.run"},
     {"psd.ui", "psd.__main__", "psd.toybox", "psd.check"},
@@ -29,7 +30,7 @@ LAYERS = [
     {"app"},
 ]
 # And inside psd.models.
-WING = [{"hub"}, {"weights"}, {"priors", "rewards"}, {"needs"}]
+WING = [{"hub"}, {"weights"}, {"priors", "rewards"}, {"needs", "checker"}]
 LATE = {"torch", "gradio", "diffusers", "transformers"}
 
 
@@ -148,6 +149,7 @@ def test_shapes_in_annotations_are_checked_here():
         ("psd", LATE),
         ("psd.__main__", LATE),
         ("psd.safety", LATE),
+        ("psd.content", LATE),
         ("psd.embedding", LATE),
         ("psd.models.priors", LATE),
         ("psd.models.rewards", LATE),
@@ -158,6 +160,7 @@ def test_shapes_in_annotations_are_checked_here():
         ("psd.methods.preference", LATE - {"torch"}),
         ("psd.modes.image", LATE - {"torch"}),
         ("psd.schedule", LATE - {"torch"}),
+        ("psd.models.checker", LATE - {"torch"}),
         ("psd.run", LATE - {"torch"}),
     ],
 )
