@@ -48,7 +48,7 @@ window.psd = {
 
     // What differs from the preset, and the marks of those controls.
     changed(...values) {
-        const [settings, base] = psd.settings(values), kept = ['prompt', 'preset', 'seed', 'arms', 'mode'];
+        const [settings, base] = psd.settings(values), kept = ['prompt', 'preset', 'seed', 'arms', 'vary', 'mode'];
         const differs = Object.entries(settings).filter(([name, value]) =>
             !kept.includes(name) && value !== null && typeof value !== 'object' && name in base && value !== base[name]);
         const text = value => String(value).replace(/[&<>"']/g, sign => `&#${sign.charCodeAt(0)};`);

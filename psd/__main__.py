@@ -16,7 +16,7 @@ import sys
 from contextlib import closing
 from pathlib import Path
 
-from psd.config import ARMS, FIELDS, MAX_SEED, PRESETS, RunConfig, Setting, arm_names
+from psd.config import ARMS, FIELDS, MAX_SEED, PRESETS, RunConfig, Setting, arms_of
 from psd.errors import RequestError
 from psd.events import Downloading, Finished, Started, Step
 from psd.models.needs import missing_models, told
@@ -131,7 +131,7 @@ def make_folder(output: str) -> None:
 def follow(config: RunConfig, output: Path, quiet: bool, allow_download: bool) -> int:
     """Drain the run's events into the progress bar, then print what it made."""
     directory = finished = None
-    missing, arms = missing_models(config), arm_names(config.arms)
+    missing, arms = missing_models(config), list(arms_of(config))
     before = signal.signal(signal.SIGTERM, terminate)
     try:
         from tqdm import tqdm

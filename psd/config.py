@@ -17,6 +17,7 @@ MAX_SEED = 2**31 - 1
 MAX_IMAGES = 8
 # What each picture of a run is called among an arm's files.
 PICTURES = ("picture", *(f"picture_{number}" for number in range(2, MAX_IMAGES + 1)))
+VARY_EXAMPLE = "negative_lr: 1e-3, 1e-2, 4e-2"
 FINER_FROM = 0.5  # of a run: where render_size_end and grid_size_end begin
 
 
@@ -33,6 +34,8 @@ class Setting(NamedTuple):
     high: float | None
     group: str
     local: bool  # names a file of this machine: over the network an upload, and it does not travel with the settings
+    # The mode whose arms may differ in it, as methods and stages read it arm by arm; "any", or "" where all share it.
+    varies: str
 
 
 def setting(
@@ -45,10 +48,11 @@ def setting(
     high: float | None = None,
     group: str = "main",
     local: bool = False,
+    varies: str = "",
 ) -> Any:
     """A dataclass field with what FIELDS tells of it; without a label its own name."""
     bounds = {"choices": choices, "low": low, "high": high}
-    metadata = {"label": label, "help": help, **bounds, "group": group, "local": local}
+    metadata = {"label": label, "help": help, **bounds, "group": group, "local": local, "varies": varies}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -70,12 +74,15 @@ class RunConfig:
         label="Pictures", low=1, high=MAX_IMAGES)
     arms: str = setting("with, without",
         "What runs side by side, on one seed and the same noises; the first is the run itself.", label="Compare")
+    vary: str = setting("",
+        f"A row of arms that differ in one number: its name and values, such as {VARY_EXAMPLE}.",
+        label="Vary one setting")
 
     method: str = setting("psd", "Update rule: preference, plain, or one of the others known.", group="method")
     steps: int = setting(50, "Optimisation steps; of an image the timesteps N, from noisy to clean.", low=2,
         high=20_000, group="method")
     gamma: float = setting(2.0, "Guidance scale of classifier-free guidance (eq. 3).", label="Guidance scale γ",
-        low=0.0, high=200.0, group="method")
+        low=0.0, high=200.0, group="method", varies="any")
     t_max: float = setting(0.98, "Noisiest timestep, as a share of the schedule.", label="Noisiest t", low=0.01,
         high=1.0, group="method")
     t_min: float = setting(0.02, "Cleanest timestep, as a share of the schedule.", label="Cleanest t", low=0.0,
@@ -93,12 +100,12 @@ class RunConfig:
     update: str = setting("ddim", "ddim = x - (sigma/alpha) g, exact DDIM without preference; adam = Adam on x.",
         label="Update of x", choices=("ddim", "adam"), group="method")
     lr: float = setting(0.04, "Learning rate of update=adam; in 3D of the voxel grid.", label="Learning rate of x",
-        low=1e-5, high=10.0, group="method")
+        low=1e-5, high=10.0, group="method", varies="image")
     lr_density: float = setting(0.0, "3D: learning rate of the voxel grid's density; 0 = lr, that of its colours too.",
         label="Learning rate of the density (3D)", low=0.0, high=100.0, group="method")
     lr_end: float = setting(1.0,
         "3D: what all learning rates are multiplied by at the end; they fall in the second half of the run.",
-        label="Learning rates at the end (3D)", low=0.0, high=1.0, group="method")
+        label="Learning rates at the end (3D)", low=0.0, high=1.0, group="method", varies="3d")
     lr_shadow: float = setting(0.0,
         "3D: learning rate of a shadow on the ground, no part of the object; 0 = none. Priors of one background.",
         label="Learning rate of the shadow (3D)", low=0.0, high=10.0, group="method")
@@ -107,14 +114,14 @@ class RunConfig:
 
     pref_weight: float = setting(0.3,
         "Multiplies beta_r, the weight of delta_pref (1 = paper, 0 = winner selection only).",
-        label="Strength of preference, δ_pref", low=0.0, high=20.0, group="preference")
+        label="Strength of preference, δ_pref", low=0.0, high=20.0, group="preference", varies="any")
     pref_form: str = setting("centred",
         "delta_pref (eq. 12): paper = eps~w - eps~l; centred also subtracts the two noises.", label="Form of δ_pref",
         choices=("paper", "centred"), group="preference")
     pref_interval: int = setting(1, "Use the reward every k-th step; steps between are plain (Table 4).",
-        label="Preference every k steps", low=1, high=1000, group="preference")
+        label="Preference every k steps", low=1, high=1000, group="preference", varies="any")
     reward_scale: float = setting(1.0, "Multiplies reward differences inside beta_r's sigmoid.", low=0.0, high=1000.0,
-        group="preference")
+        group="preference", varies="any")
     x0_from: str = setting("cfg",
         "Prediction behind the x0-hat that is ranked: with guidance (cfg) or the prompt's alone (cond).",
         label="Ranked prediction", choices=("cfg", "cond"), group="preference")
@@ -127,20 +134,20 @@ class RunConfig:
 
     rescale: float = setting(0.0,
         "3D: share of MVDream's rescaling of x0-hat to the contrast that eps_y alone has (tames a large gamma).",
-        label="Rescaling of x0 (3D)", low=0.0, high=1.0, group="method")
+        label="Rescaling of x0 (3D)", low=0.0, high=1.0, group="method", varies="any")
 
     negative_from: str = setting("",
         "File of a learned n (ARM_negative.safetensors) that every arm starts from, in place of the negative prompt; "
         "an arm that does not learn n, such as without, keeps it.",
         label="Start n from a file", group="negative", local=True)
     negative_lr: float = setting(3e-3, "Learning rate of the negative embedding n (eq. 13); 0 keeps n fixed.",
-        label="Learning rate of n", low=0.0, high=1.0, group="negative")
+        label="Learning rate of n", low=0.0, high=1.0, group="negative", varies="any")
     negative_optimizer: str = setting("adam", "Optimiser of n.", label="Optimiser of n", choices=("adam", "sgd"),
         group="negative")
     negative_interval: int = setting(1, "Update n every k-th preference step.", label="Update n every k steps", low=1,
-        high=1000, group="negative")
+        high=1000, group="negative", varies="any")
     negative_decay_steps: int = setting(0, "Steps over which the rate of n falls linearly to 0; 0 = constant.",
-        label="Decay of n's rate (steps)", low=0, high=100_000, group="negative")
+        label="Decay of n's rate (steps)", low=0, high=100_000, group="negative", varies="any")
 
     field: str = setting("voxels",
         "Radiance field: a dense voxel grid (quick), or the paper's multi-resolution hash grid (for a GPU).",
@@ -156,19 +163,19 @@ class RunConfig:
     samples: int = setting(48, "Samples along a ray.", label="Samples a ray", low=8, high=512, group="object")
     lambda_rgb: float = setting(0.0,
         "Weight of the image-space loss: renders against the decoded, guided x0-hat; for weighting=recon.",
-        label="λ image space", low=0.0, high=1e5, group="object")
+        label="λ image space", low=0.0, high=1e5, group="object", varies="3d")
     lambda_orient: float = setting(0.0, "Weight of the orientation loss at the start (normals that face away).",
-        label="λ orientation", low=0.0, high=1e5, group="object")
+        label="λ orientation", low=0.0, high=1e5, group="object", varies="3d")
     lambda_orient_end: float = setting(0.0, "Its weight from the middle of the run on; it grows linearly.",
-        label="λ orientation, at the end", low=0.0, high=1e5, group="object")
+        label="λ orientation, at the end", low=0.0, high=1e5, group="object", varies="3d")
     lambda_opacity: float = setting(0.0, "Weight of the opacity loss (an empty space is preferred).", label="λ opacity",
-        low=0.0, high=1e5, group="object")
+        low=0.0, high=1e5, group="object", varies="3d")
     lambda_solid: float = setting(0.0, "Weight of the solidity loss (what is seen is opaque), after 30 % of the run.",
-        label="λ solidity", low=0.0, high=1e5, group="object")
+        label="λ solidity", low=0.0, high=1e5, group="object", varies="3d")
     lambda_z_variance: float = setting(0.0, "Weight of the depth variance along rays (thin surfaces are preferred).",
-        label="λ depth variance", low=0.0, high=1e5, group="object")
+        label="λ depth variance", low=0.0, high=1e5, group="object", varies="3d")
     lambda_smooth: float = setting(0.0, "Weight of the voxel grid's total variation.", label="λ smoothness", low=0.0,
-        high=1e5, group="object")
+        high=1e5, group="object", varies="3d")
     mesh_faces: int = setting(20_000, "Triangles of the exported mesh, at most.", label="Triangles of the mesh",
         low=500, high=200_000, group="object")
 
@@ -253,14 +260,37 @@ def seeds_of(seed: int, images: int) -> list[int]:
     return [(seed + index) % (MAX_SEED + 1) for index in range(images)]
 
 
-def arm_names(arms: str) -> list[str]:
-    """The names in "with, without"; whether ARMS has them is `safety.check_request`'s question."""
-    return [name for part in arms.split(",") if (name := part.strip())]
+def listed(text: str) -> list[str]:
+    """The parts of "with, without"; whether ARMS has such names is `safety.check_request`'s question."""
+    return [name for part in text.split(",") if (name := part.strip())]
+
+
+def varied(vary: str) -> tuple[str, list[str]]:
+    """Name and values, as they are written, of "gamma: 2, 7.5"; whether they will do is `safety.check_request`'s."""
+    name, _, values = vary.partition(":")
+    return name.strip(), listed(values)
+
+
+def varied_name(name: str, value: int | float) -> str:
+    """Of the arm that has this value: "gamma=7.5", in files too."""
+    return f"{name}={value:.10g}"
+
+
+def is_varied(arm: str) -> bool:
+    """Whether an arm's name is one of `varied_name`."""
+    return "=" in arm
 
 
 def arms_of(config: RunConfig) -> dict[str, RunConfig]:
-    """Arm -> its settings, the first one the run's. Raises KeyError on a name that ARMS does not have."""
-    return {name: dataclasses.replace(config, **ARMS[name]) for name in arm_names(config.arms)}
+    """Arm -> its settings: those that `arms` names, then one for each value of `vary`, in the order of both.
+
+    Raises KeyError or ValueError on what `safety.check_request` refuses.
+    """
+    arms = {name: dataclasses.replace(config, **ARMS[name]) for name in listed(config.arms)}
+    name, values = varied(config.vary)
+    for value in (FIELDS[name].kind(text) for text in values):
+        arms[varied_name(name, value)] = dataclasses.replace(config, **{name: value})
+    return arms
 
 
 TOYBOX_NEGATIVE = "low quality, faded, dim, plain, blurry, tilted"  # the dull ends of psd.toybox.taste

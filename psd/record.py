@@ -180,9 +180,9 @@ class Record:
 
     def _write_negative(self, arm: Arm, path: Path, about: dict[str, Any]) -> None:
         """n of an arm, of its first run where it holds several; with what it is of."""
-        kept = ("arm", "reward", "negative_lr", "negative_from_sha256")
+        kept = ("arm", "reward", "negative_from_sha256")
         about = {name: about[name] for name in kept if name in about} | {
-            "prior": shown_name(arm.config.prior), "steps": len(self.rows),
+            "negative_lr": arm.config.negative_lr, "prior": shown_name(arm.config.prior), "steps": len(self.rows),
             "negative_prompt": "" if arm.config.negative_from else arm.config.negative_prompt,
         }  # fmt: skip
         export_embedding(path, arm.method.negative.value[0].float().cpu().numpy(), about)

@@ -16,7 +16,20 @@ import numpy as np
 from jaxtyping import Float32
 from PIL import Image, ImageOps
 
-from psd.config import ARMS, FIELDS, MAX_PROMPT_CHARS, MODES, PRESETS, RunConfig, Setting, arm_names, arms_of
+from psd.config import (
+    ARMS,
+    FIELDS,
+    MAX_PROMPT_CHARS,
+    MODES,
+    PRESETS,
+    VARY_EXAMPLE,
+    RunConfig,
+    Setting,
+    arms_of,
+    listed,
+    varied,
+    varied_name,
+)
 from psd.content import check_prompt, is_judged
 from psd.embedding import read_embedding
 from psd.errors import RequestError, shown, unknown_name
@@ -25,6 +38,7 @@ from psd.models.hub import is_hub_id
 from psd.models.priors.table import PRIORS, prior_info
 from psd.models.rewards.table import is_mixture
 
+MAX_ARMS = 6
 MAX_IMAGE_SIDE_PX = 4096
 MAX_IMAGE_BYTES = 10 * 2**20
 MAX_IMAGE_STEPS = 1000  # of the noise schedule: more would repeat timesteps
@@ -53,11 +67,13 @@ def check_request(config: RunConfig, allow_local: bool = False, uploads: Path | 
     for name, table in TABLES.items():
         check_name(name, getattr(config, name), table)
     check_arms(config)
+    check_vary(config)
     check_models(config, allow_local)
     if is_judged(config.prior, owner=allow_local):
         check_prompt(config.prompt)
     check_negative(config, allow_local, uploads)
-    check_mode(config)
+    for arm in arms_of(config).values():
+        check_mode(arm)
     if config.t_min >= config.t_max:
         raise RequestError(
             f"t_min must be below t_max, got t_min = {config.t_min} and t_max = {config.t_max}.", "t_min"
@@ -121,14 +137,45 @@ def check_name(field: str, name: str, known: Iterable[str]) -> None:
 
 
 def check_arms(config: RunConfig) -> None:
-    """The arms are rows of ARMS, each named once."""
-    names = arm_names(config.arms)
-    if not names:
+    """The arms are rows of ARMS, each named once; none need be where a setting varies."""
+    names = listed(config.arms)
+    if not names and not config.vary.strip():
         raise RequestError('arms is empty: name what to run, for example "with, without".', "arms")
     for name in names:
         check_name("arms", name, ARMS)
         if names.count(name) > 1:
             raise RequestError(f"arms names {name} twice: give it once.", "arms")
+
+
+def check_vary(config: RunConfig) -> None:
+    """What varies is a number that each arm may have its own of; each of its values is allowed, and given once."""
+    if not config.vary.strip():
+        return
+    name, values = varied(config.vary)
+    own = [each.name for each in FIELDS.values() if each.varies in ("any", config.mode)]
+    if name in FIELDS and name not in own:
+        shared = f"of which no arm has its own in mode {config.mode}"
+        why = shared if FIELDS[name].kind in (int, float) else "which is no number"
+        raise RequestError(f"vary cannot take {name}, {why}: choose one of {', '.join(own)}.", "vary")
+    check_name("vary", name, own)
+    if not values:
+        raise RequestError(f"vary gives {name} no values: write for example {VARY_EXAMPLE!r}.", "vary")
+    taken: set[str] = set()
+    for text in values:
+        try:
+            value = FIELDS[name].kind(text)
+            check_field(FIELDS[name], value)
+        except ValueError as error:  # a RequestError is one, too
+            kind, bounds = TYPE_NAMES[FIELDS[name].kind], allowed(FIELDS[name])
+            raise RequestError(f"vary needs each {name} to be {kind}{bounds}, got {shown(text)}.", "vary") from error
+        if varied_name(name, value) in taken:
+            raise RequestError(f"vary gives {varied_name(name, value)} twice: give it once.", "vary")
+        taken.add(varied_name(name, value))
+    if (count := len(listed(config.arms)) + len(values)) > MAX_ARMS:
+        raise RequestError(
+            f"vary makes it {count} arms, at most {MAX_ARMS} are allowed: give fewer values, or compare fewer arms.",
+            "vary",
+        )
 
 
 def check_models(config: RunConfig, allow_local: bool) -> None:

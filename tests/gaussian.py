@@ -17,6 +17,13 @@ from psd.methods import METHODS
 from psd.scene.rig import Frame
 from psd.schedule import NoiseSchedule
 
+# Of every setting that may differ between arms: a number that is no test's, and makes a difference.
+OTHER = dict(
+    gamma=5.0, lr=0.2, pref_weight=1.0, pref_interval=3, reward_scale=5.0, rescale=0.5, negative_lr=0.1,
+    negative_interval=3, negative_decay_steps=4, lr_end=0.1, lambda_rgb=1.0, lambda_orient=10.0, lambda_orient_end=10.0,
+    lambda_opacity=10.0, lambda_solid=10.0, lambda_z_variance=10.0, lambda_smooth=1.0,
+)  # fmt: skip
+
 
 class Predictions(NamedTuple):
     """A prior's answers for N noises of B samples, all at one timestep."""

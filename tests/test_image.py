@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from psd.config import RunConfig
+from psd.config import FIELDS, RunConfig, arms_of, varied_name
 from psd.contracts import Models
 from psd.distil import distil
 from psd.errors import RequestError
 from psd.modes.image import ImageStage
 from psd.schedule import NoiseSchedule, descending_timesteps
-from tests.gaussian import ExactPrior, PlainReward
+from tests.gaussian import OTHER, ExactPrior, PlainReward
 
 CONFIG = RunConfig.from_preset(
     prompt="a longer prompt", negative_prompt="bad", steps=8, negative_lr=1e-2, pref_interval=1, negative_interval=1
@@ -180,3 +180,12 @@ def test_scores_that_are_no_numbers_leave_plain_steps():
     config = replace(CONFIG, negative_lr=0.0)
     states = run({"with": config, "without": plain(config)}, reward=mute)
     assert torch.equal(states[-1].x_c["with"], states[-1].x_c["without"])
+
+
+@pytest.mark.parametrize("name", [name for name, setting in FIELDS.items() if setting.varies in ("any", "image")])
+def test_a_number_that_varies_acts_on_its_own_arm_as_in_a_run_alone(name: str):
+    config = replace(CONFIG, update="adam", arms="with", vary=f"{name}: {OTHER[name]}")
+    arms, varied = arms_of(config), varied_name(name, OTHER[name])
+    beside, alone = run(arms)[-1].x_c, run({"alone": arms[varied]})[-1].x_c["alone"]
+    assert torch.equal(beside[varied], alone)
+    assert not torch.equal(beside[varied], beside["with"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from psd.config import RunConfig
+from psd.config import FIELDS, RunConfig, arms_of, varied_name
 from psd.contracts import Models
 from psd.distil import distil
 from psd.modes.object import ObjectStage, Sculpture, anneal_timestep, annealed_rate, start_background, start_field
@@ -20,7 +20,7 @@ from psd.scene.render import Rendering, render
 from psd.scene.rig import Frame, Rig
 from psd.score import BoundScore
 from tests import gaussian
-from tests.gaussian import PlainReward
+from tests.gaussian import OTHER, PlainReward
 
 SIDE = 8
 CONFIG = RunConfig(
@@ -304,3 +304,12 @@ def test_timesteps_anneal_as_in_the_papers_configuration():
     config = replace(CONFIG, t_max=0.98, t_min=0.02, t_max_end=0.5, t_anneal=0.8)
     edges = {share: [anneal_timestep(config, share, 1000, u) for u in (0.0, 1.0)] for share in (0.0, 0.4, 0.8, 1.0)}
     assert edges == {0.0: [980, 980], 0.4: [500, 740], 0.8: [20, 500], 1.0: [20, 500]}
+
+
+@pytest.mark.parametrize("name", [name for name, setting in FIELDS.items() if setting.varies in ("any", "3d")])
+def test_a_number_that_varies_acts_on_its_own_arm_as_in_a_run_alone(name: str):
+    config = replace(CONFIG, arms="with", vary=f"{name}: {OTHER[name]}")
+    arms, varied = arms_of(config), varied_name(name, OTHER[name])
+    (_, beside), (_, alone) = run(arms), run({"alone": arms[varied]})
+    assert torch.equal(weights(beside[varied]), weights(alone["alone"]))
+    assert not torch.equal(weights(beside[varied]), weights(beside["with"]))

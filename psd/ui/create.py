@@ -92,6 +92,7 @@ def build_settings() -> tuple[dict[str, Any], dict[str, Any]]:
         form["allow_download"] = gr.Checkbox(**download_box(*models), elem_id="allow_download")
         controls["pref_weight"] = control("pref_weight")
         controls["arms"] = control("arms")
+        controls["vary"] = control("vary")
         with gr.Row(elem_classes="pair"):
             controls["seed"] = control("seed")
             controls["images"] = control("images")
@@ -188,8 +189,8 @@ def build_results(first: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
         with gr.Column(elem_id="why", min_width=0):
             outputs["scores"] = html(**first.get("scores", {}), elem_id="scores")
             outputs["charts"] = html(**first.get("charts", {}), elem_id="charts")
-    outputs["strips"] = html(**first.get("strips", {}), elem_id="strips")
     outputs["gallery"] = html(elem_id="gallery")
+    outputs["strips"] = html(**first.get("strips", {}), elem_id="strips")
     outputs["more"] = gr.Button(MORE, size="sm", elem_id="more", visible=False)
     outputs["files"] = html(elem_id="files")
     outputs["directory"] = gr.State(None)

@@ -22,7 +22,7 @@ from statistics import median
 import torch
 
 from psd.budget import passes_of
-from psd.config import FIELDS, FINER_FROM, MODES, RunConfig, arm_names, arms_of
+from psd.config import FIELDS, FINER_FROM, MODES, RunConfig, arms_of
 from psd.distil import distil
 from psd.errors import RequestError
 from psd.methods import Passes
@@ -64,9 +64,9 @@ TOYBOX_GB, PICTURE_GB, RENDER_GB, HASHED_GB, GRID_GB = 0.4, 0.03, 0.01, 0.17, 0.
 PUBLISHED_GB = {"image": 12, "3d": 16}  # of a model that no table knows, both arms
 
 # What a step's time depends on, besides whether n and a loss are switched on.
-KEY = ("mode", "prior", "reward", "arms", "method", "image_size", "images", "pref_interval", "negative_interval",
-       "field", "grid_size", "grid_size_end", "render_size", "render_size_end", "samples", "fast_decoder",
-       "rank")  # fmt: skip
+KEY = ("mode", "prior", "reward", "arms", "vary", "method", "image_size", "images", "pref_interval",
+       "negative_interval", "field", "grid_size", "grid_size_end", "render_size", "render_size_end", "samples",
+       "fast_decoder", "rank")  # fmt: skip
 SWITCHES = ("negative_lr", "pref_weight", "lambda_rgb", "lambda_orient", "lambda_orient_end", "lambda_solid",
             "lambda_z_variance", "lambda_smooth")  # fmt: skip
 
@@ -138,9 +138,9 @@ def export_work(config: RunConfig) -> float:
     """Of the files and scores of all arms."""
     if config.mode == "image":
         scale = PUBLISHED["image"] if family_of(config) == "published" else 1.0
-        return EXPORT["image"] * scale * config.images * len(arm_names(config.arms))
+        return EXPORT["image"] * scale * config.images * len(arms_of(config))
     pictures = EXPORT_VIEWS * config.samples * (6.0 if config.field == "hashgrid" else 1.0)
-    return (EXPORT["3d"] + pictures) * len(arm_names(config.arms))
+    return (EXPORT["3d"] + pictures) * len(arms_of(config))
 
 
 def note_speed(config: RunConfig, seconds: float, steps_done: int) -> None:
@@ -233,7 +233,7 @@ def check_work(config: RunConfig) -> None:
         return
     fitting = int((MAX_RUN_S - export_s(config)) / step_s(config))
     less = f"lower steps to about {fitting}" if fitting >= FIELDS["steps"].low else "choose a smaller model or image"
-    fewer = ", compare fewer arms" if len(arm_names(config.arms)) > 1 else ""
+    fewer = ", compare fewer arms" if len(arms_of(config)) > 1 else ""
     raise RequestError(
         f"This run would take about {duration(seconds)}, at most {duration(MAX_RUN_S)} are allowed here: {less}{fewer} "
         "or set time_budget_s.",
@@ -251,11 +251,11 @@ def duration(seconds: float) -> str:
 
 def check_memory(config: RunConfig) -> None:
     """Raise RequestError where a run would not fit into what is free now; says how many arms would."""
-    free, names = free_gb(), arm_names(config.arms)
+    free, count = free_gb(), len(arms_of(config))
     if memory_gb(config) <= free:
         return
-    fitting = [n for n in range(1, len(names)) if memory_gb(replace(config, arms=", ".join(names[:n]))) <= free]
-    less = f"compare {fitting[-1]} of the {len(names)} arms, or " if fitting else ""
+    fitting = [n for n in range(1, count) if memory_gb(config, n) <= free]
+    less = f"compare {fitting[-1]} of the {count} arms, or " if fitting else ""
     sizes = "a smaller image" if config.mode == "image" else "smaller renders, fewer samples or a smaller grid"
     raise RequestError(
         f"This run would need about {memory_gb(config):.1f} GB of memory, {free:.1f} GB are free here: {less}choose "
@@ -264,9 +264,9 @@ def check_memory(config: RunConfig) -> None:
     )
 
 
-def memory_gb(config: RunConfig) -> float:
-    """What a run takes at its peak, beside models of the toybox; published ones are in it."""
-    count = len(arm_names(config.arms))
+def memory_gb(config: RunConfig, arms: int = 0) -> float:
+    """What a run takes at its peak, beside models of the toybox; published ones are in it. `arms`: of so many."""
+    count = arms or len(arms_of(config))
     pixels = (max(config.render_size, config.render_size_end) / 40) ** 2 * config.samples / 24
     hashed, voxels = config.field == "hashgrid", max(config.grid_size, config.grid_size_end)
     field_gb = HASHED_GB + 3 * RENDER_GB * pixels if hashed else GRID_GB * (voxels / 48) ** 3 + RENDER_GB * pixels

@@ -13,7 +13,7 @@ from typing import Any
 
 import gradio as gr
 
-from psd.config import ARMS, FIELDS, LOCAL, MAX_PROMPT_CHARS, PRESETS, RunConfig, Setting, arm_names, todays
+from psd.config import ARMS, FIELDS, LOCAL, MAX_PROMPT_CHARS, PRESETS, RunConfig, Setting, is_varied, listed, todays
 from psd.errors import RequestError, shown
 from psd.models.hub import is_cached, is_hub_id
 from psd.models.needs import models_of
@@ -38,7 +38,7 @@ SLIDER_STEPS = {
     "time_shift_low": 0.01, "time_shift_high": 0.01, "pref_weight": 0.05,
 }  # fmt: skip
 # A preset says how to draw; these say what, and stay as they are when another preset is chosen.
-KEPT_BY_PRESETS = ("prompt", "seed", "arms", *LOCAL)
+KEPT_BY_PRESETS = ("prompt", "seed", "arms", "vary", *LOCAL)
 TRUTH = {"true": True, "false": False}  # what a link may say
 # No setting: it changes no result, and a link or a preset must not carry somebody's consent.
 ALLOW_DOWNLOAD_HELP = "Fetch models that are not on the server yet; whoever sets it accepts their licences."
@@ -60,6 +60,8 @@ def named(values: Sequence[Any]) -> dict[str, Any]:
 
 def arm_label(arm: str) -> str:
     """An arm's name as the page writes it, everywhere the same; not escaped."""
+    if is_varied(arm):
+        return arm
     return "with preference" if arm == "with" else arm.replace("-", " ")
 
 
@@ -73,7 +75,7 @@ def control(name: str) -> gr.components.Component:
         label = f"{field.label}: drop an ARM_negative.safetensors"
         return upload(label=label, file_types=[".safetensors"], height=100, elem_id=name)
     if name == "arms":
-        common["value"] = arm_names(start)
+        common["value"] = listed(start)
         return gr.CheckboxGroup([(arm_label(arm), arm) for arm in ARMS], **common)
     if choices := names_of(field):
         return gr.Radio(list(choices), **common)
@@ -128,7 +130,7 @@ def fill(settings: Mapping[str, Any]) -> list[Any]:
     """Values for all controls in the order of NAMES; controls that `settings` does not name stay as they are."""
     values = dict(settings)
     if "arms" in values:
-        values["arms"] = arm_names(values["arms"])
+        values["arms"] = listed(values["arms"])
     values |= {name: values[name] or None for name in LOCAL if name in values}
     return [values.get(name, gr.skip()) for name in NAMES]
 

@@ -1,18 +1,18 @@
 """The page's own HTML: header, status, charts, pictures, scores, downloads, parameters. Pure strings, escaped here.
 
-Styled by style.css; `s-ARM` is the class of an arm's colour.
+Styled by style.css; `s-ARM` is the class of an arm's colour, `s-vary-3` of the third in a row.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
-from psd.config import FIELDS, MODES, PICTURES, PRESETS, RunConfig, arm_names, seeds_of
+from psd.config import FIELDS, MODES, PICTURES, PRESETS, RunConfig, arms_of, is_varied, seeds_of
 from psd.errors import RequestError
 from psd.events import ArmResult
 from psd.methods import METHODS
@@ -122,7 +122,7 @@ def charts(rows: Sequence[Mapping[str, float]], last_step: int, reward: str, arm
     def series(name: str, key: str, text: str) -> Series:
         return Series(name, text, [row.get(key, math.nan) for row in rows])
 
-    rewards = [series(arm, f"reward_{arm}", arm_label(arm)) for arm in arms]
+    rewards = [series(mark(arm, arms), f"reward_{arm}", arm_label(arm)) for arm in arms]
     terms = [
         series("gen", "delta_gen", "likely δ_gen"),
         series("cls", "delta_cls", "prompt γ δ_cls"),
@@ -142,22 +142,35 @@ def file_url(path: Path) -> str:
     return escape(f"gradio_api/file={quote(str(path))}", quote=True)
 
 
-def key(arm: str) -> str:
-    """The mark of an arm's colour, and its name."""
-    return f"<i class='s-{escape(arm, quote=True)}'></i>{escape(arm_label(arm))}"
+def mark(arm: str, arms: Iterable[str]) -> str:
+    """What names an arm's colour: the arm itself, or its place among those of a row."""
+    row = [each for each in arms if is_varied(each)]
+    return f"vary-{row.index(arm) + 1}" if arm in row else arm
+
+
+def key(arm: str, arms: Iterable[str]) -> str:
+    """The mark of an arm's colour among all `arms` of a run, and its name."""
+    return f"<i class='s-{escape(mark(arm, arms), quote=True)}'></i>{escape(arm_label(arm))}"
 
 
 def picture_grid(arms: Mapping[str, ArmResult], seed: int = 0) -> str:
-    """Every arm's picture with its name; of several pictures an arm those of one seed beside each other."""
+    """Every arm's picture with its name and scores, in one row where a setting varies; of several pictures an arm those
+    of one seed beside each other."""
+    names = {
+        name: f"<span class='psd-key'>{key(name, arms)}</span>"
+        + "".join(f"<small><b>{score(value)}</b> {escape(reward)}</small>" for reward, value in arm.scores.items())
+        for name, arm in arms.items()
+    }
     count = max((sum(kind in PICTURES for kind in arm.files) for arm in arms.values()), default=0)
     if count < 2:
         figures = "".join(
-            f"<figure>{thumbnail(arm.picture, arm_label(name))}<figcaption class='psd-key'>{key(name)}</figcaption>"
-            "</figure>"
+            f"<figure>{thumbnail(arm.picture, arm_label(name))}<figcaption>{names[name]}</figcaption></figure>"
             for name, arm in arms.items()
             if arm.picture
         )
-        return f"<div class='psd-grid'>{figures}</div>"
+        if not any(map(is_varied, arms)):
+            return f"<div class='psd-grid'>{figures}</div>"
+        return f"<div class='psd-grid row' tabindex='0' role='region' aria-label='Results in a row'>{figures}</div>"
     figures = ""
     for kind, which in zip(PICTURES, seeds_of(seed, count)):
         row = "".join(
@@ -165,8 +178,8 @@ def picture_grid(arms: Mapping[str, ArmResult], seed: int = 0) -> str:
             if kind in arm.files
         )  # fmt: skip
         figures += f"<figure><div>{row}</div><figcaption>seed {which}</figcaption></figure>"
-    names = "".join(f"<span class='psd-key'>{key(name)}</span>" for name in arms)
-    return f"<p class='psd-caption'>{names}</p><div class='psd-grid rows'>{figures}</div>"
+    caption = "".join(f"<li>{name}</li>" for name in names.values())
+    return f"<ul class='psd-caption'>{caption}</ul><div class='psd-grid rows'>{figures}</div>"
 
 
 def thumbnail(picture: Path, about: str) -> str:
@@ -189,7 +202,7 @@ def downloads(result: Result) -> str:
     menus, listed = [], set()
     for name, arm in result.arms.items():
         links = [link(arm.files[kind], text, arm_label(name)) for kind, text in FILES.items() if kind in arm.files]
-        menus += [menu(f"<span class='psd-key'>{key(name)}</span>", links)] if links else []
+        menus += [menu(f"<span class='psd-key'>{key(name, result.arms)}</span>", links)] if links else []
         listed |= set(arm.files.values())
     others = [path for path in result.files if path not in listed]
     whole = "".join(link(path, "everything (ZIP)", "whole run") for path in others if path.name == ARCHIVE)
@@ -208,7 +221,7 @@ def score_table(scores: Mapping[str, Mapping[str, float]], target: str) -> str:
     with contextlib.suppress(RequestError):  # another version's run may name what is unknown here
         members = reward_terms(target)
     baseline = BASELINE if BASELINE in scores else list(scores)[-1]
-    head = "".join(f"<th scope='col' class='psd-key'>{key(arm)}</th>" for arm in scores)
+    head = "".join(f"<th scope='col' class='psd-key'>{key(arm, scores)}</th>" for arm in scores)
     body = ""
     for name in names:
         cells = ""
@@ -238,7 +251,7 @@ def score(value: float) -> str:
 
 def estimate(config: RunConfig, run_s: float, gpu_s: int = 0, gpu_steps: int = 0) -> str:
     """The line under Run; `gpu_s` seconds of a rented GPU are enough for `gpu_steps` of the steps."""
-    count = len(arm_names(config.arms))
+    count = len(arms_of(config))
     arms = "one arm" if count == 1 else f"{count} arms"
     quota = f" · reserves {gpu_s} s of GPU quota" if gpu_s else ""
     if gpu_s and gpu_steps < config.steps:

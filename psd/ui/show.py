@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from psd.config import MODES, PICTURES, RunConfig, arm_names
+from psd.config import MODES, PICTURES, RunConfig, arms_of, is_varied
 from psd.errors import RequestError
 from psd.events import ArmResult
 from psd.record import Result, read
@@ -70,7 +70,7 @@ def show_cleared(config: RunConfig) -> list[Any]:
     """The page before a run."""
     hidden = {name: gr.update(**HIDDEN) for name in ("chooser", "slider", "angle", "single", "object", "more")}
     hidden |= {f"{side}_video": gr.update(value=None, **HIDDEN) for side in SIDES}
-    label = "Preview: " + " | ".join(map(arm_label, arm_names(config.arms)))
+    label = "Preview: " + " | ".join(map(arm_label, arms_of(config)))
     return updates(
         status=parts.status("Waiting for the device…"), preview=gr.update(value=None, visible=True, label=label),
         gallery="", scores="", files="", charts="", strips="", directory=None, looked_at=(), **hidden,
@@ -85,7 +85,7 @@ def show(view: View) -> list[Any]:
     return updates(
         status=parts.run_status(view),
         preview=str(view.preview) if view.preview else gr.skip(),
-        charts=parts.charts(view.rows, config.steps, config.reward, arm_names(config.arms)),
+        charts=parts.charts(view.rows, config.steps, config.reward, list(arms_of(config))),
         directory=str(view.directory) if view.directory else gr.skip(),
     )
 
@@ -118,12 +118,13 @@ def show_end(result: Result, warnings: tuple[str, ...] = ()) -> list[Any]:
     steps = result.settings.get("steps") or result.steps_done
     choices = [(capital(arm_label(name)), name) for name in seen]
     many, alone, several = len(seen) > 2, len(seen) == 1, any(PICTURES[1] in arm.files for arm in seen.values())
+    row = any(map(is_varied, seen)) and not alone
     sides = {side: gr.update(choices=choices, value=name) for side, name in zip(SIDES, pair) if many}
     return updates(
         status=parts.end_status(result, warnings),
         # Without any picture yet, the last preview stays on the page.
         preview=gr.update(**HIDDEN) if seen else gr.skip(),
-        gallery=parts.picture_grid(seen, result.settings.get("seed", 0)) if many or several else "",
+        gallery=parts.picture_grid(result.arms, result.settings.get("seed", 0)) if many or several or row else "",
         chooser=gr.update(visible=many),
         single=picture(*seen.popitem()) if alone else gr.update(**HIDDEN),
         object=gr.update(visible=any(arm.files.keys() & {"glb", "turntable"} for arm in result.arms.values())),
@@ -168,7 +169,7 @@ def picture(name: str, arm: ArmResult) -> dict[str, Any]:
 
 
 def capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
+    return text if is_varied(text) else text[:1].upper() + text[1:]
 
 
 def shown_pair(looked_at: Sequence[str]) -> tuple[Result, Sequence[str]]:

@@ -48,7 +48,7 @@ def strip(result: Result, name: str, arm: ArmResult, first: bool) -> str:
     last = result.settings.get("steps") or steps[-1]
     return (
         f"<details class='psd-pair'{' open' if first else ''} style=\"{style}\" data-moments='{data}'>"
-        f"<summary class='psd-key'>{key(name)}</summary>"
+        f"<summary class='psd-key'>{key(name, result.arms)}</summary>"
         "<div class='scrubber'><button type='button' aria-label='Play'>▶</button>"
         f"<input type='range' min='0' max='{len(steps) - 1}' value='{at}' aria-label='{label}'>"
         f"<output>step <b data-is='step'>{steps[at]}</b> of {escape(str(last))}</output></div>"

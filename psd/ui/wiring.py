@@ -105,7 +105,7 @@ def connect_form(demo: gr.Blocks, page: Page) -> None:
         lambda mode: gr.update(visible=mode == "3d"), controls["mode"], form["object_settings"], **LIGHT
     )
     gr.on(
-        [demo.load, *(controls[name].change for name in ("preset", "steps", "prior", "arms", "time_budget_s"))],
+        [demo.load, *(controls[name].change for name in ("preset", "steps", "prior", "arms", "vary", "time_budget_s"))],
         lambda *values: estimate_of(named(values)), inputs, form["estimate"], preprocess=False,
         trigger_mode="always_last", **LIGHT,
     )  # fmt: skip
