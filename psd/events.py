@@ -33,7 +33,7 @@ class Started:
     run_id: str
     directory: Path
     config: RunConfig
-    arms: tuple[str, ...]  # in the order of config.arms
+    arms: tuple[str, ...]  # in the order of psd.config.arms_of
     warnings: tuple[str, ...]  # one sentence each: unknown words, a truncated prompt
 
 

@@ -106,6 +106,16 @@ def test_any_arms_in_their_order(client: Client):
     assert wide == 3 * high
 
 
+def test_one_number_varies_under_the_same_names_in_arms_and_files(client: Client):
+    _, _, arms, paths = client.predict(
+        prompt=PROMPT, steps=2, arms="without", vary="gamma: 1.5, 4", api_name="/generate"
+    )
+    assert list(arms) == ["without", "gamma=1.5", "gamma=4"]
+    assert [Path(path).name for path in paths if path.endswith(".png")] == [f"{name}.png" for name in arms]
+    with pytest.raises(ValidationError, match="vary cannot take steps"):
+        client.predict(prompt=PROMPT, vary="steps: 2, 3", api_name="/generate")
+
+
 def test_the_n_of_a_run_starts_another_one_as_an_upload(client: Client, finished: list[tuple]):
     learned = next(path for path in finished[-1][3] if path.endswith("with_negative.safetensors"))
     _, status, arms, paths = client.predict(

@@ -112,7 +112,7 @@ def test_any_two_of_three_arms_stand_under_the_slider(
     assert page.locator("#gallery img").count() == 3
     page.wait_for_function("[...document.querySelectorAll('#gallery img')].every(image => image.naturalWidth > 0)")
     legend = page.locator("#charts .psd-chart").first.locator("li").all_inner_texts()
-    assert [text.splitlines()[0] for text in legend] == page.locator("#gallery figcaption").all_inner_texts()
+    assert [text.splitlines()[0] for text in legend] == page.locator("#gallery .psd-key").all_inner_texts()
 
     page.locator("#left input").click()
     page.get_by_role("option", name="No negative", exact=True).click()

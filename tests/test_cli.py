@@ -128,6 +128,7 @@ def test_every_flag_reaches_its_field(name: str, run: Callable[..., int], runs: 
     other |= {
         "negative_prompt": "blurry",
         "arms": "selection, without",
+        "vary": "negative_lr: 0, 1e-3",
         "time_shift_low": -0.125,
         "image_size": 128,
         "steps": 1000,
@@ -191,6 +192,7 @@ def test_a_random_seed_is_drawn_and_told(run: Callable[..., int], runs: Runs, ca
         ([PROMPT, "--steps", "1"], "steps must be a whole number from 2 to 20000, got 1"),
         ([PROMPT, "--gamma", "nan"], "gamma must be a finite number"),
         ([PROMPT, "--pair", "ddmi"], "did you mean ddim?"),
+        ([PROMPT, "--vary", "gama: 2, 7.5"], "did you mean gamma?"),
         ([PROMPT, "--preset", "toybox-imgae"], "did you mean toybox-image or"),
         ([PROMPT, "--prior", "/nowhere"], "no model_index.json"),
         ([PROMPT, "--negative-from", "/nowhere/n.safetensors"], "negative_from 'n.safetensors' is not a file"),

@@ -57,7 +57,8 @@ def test_a_run_that_did_not_step_teaches_nothing():
 @pytest.mark.parametrize(
     "change",
     [
-        dict(arms="with"), dict(arms="with, selection"), dict(method="sds"), dict(prior="org/name"),
+        dict(arms="with"), dict(arms="with, selection"), dict(vary="gamma: 2, 3"), dict(method="sds"),
+        dict(prior="org/name"),
         dict(reward="toybox/judge"), dict(image_size=256), dict(images=4), dict(pref_interval=3),
         dict(negative_interval=2), dict(negative_lr=0.0), dict(field="hashgrid"), dict(grid_size=96),
         dict(render_size=80), dict(grid_size_end=160), dict(render_size_end=160), dict(samples=96),

@@ -12,6 +12,7 @@ import pytest
 from psd.config import ARMS, FIELDS, RunConfig
 from psd.events import ArmResult
 from psd.record import Result
+from psd.safety import MAX_ARMS
 from psd.ui import form, parts, show, theme
 from psd.ui.examples import load_examples
 from psd.ui.watch import View
@@ -128,7 +129,7 @@ def test_every_file_of_every_arm_is_one_link_with_a_name_of_its_own():
 
 def test_every_arm_has_a_colour_in_light_and_in_dark():
     style = theme.STYLE.read_text(encoding="utf-8")
-    for arm in ARMS:
+    for arm in [*ARMS, *(f"vary-{place}" for place in range(1, MAX_ARMS + 1))]:
         assert style.count(f"--psd-{arm}:") == 2 and f".s-{arm} " in style.replace(",", " "), arm
 
 
