@@ -132,6 +132,47 @@ class RunConfig:
         "3D: the reward reads the prompt with \", front view\" (side, back, overhead), by the view's camera.",
         label="Name the view to the reward (3D)", group="preference")
 
+    noise: str = setting("fresh",
+        "First noise of a step: fresh, or consistent = in 3D it lies on the object's surface, in an image it stays.",
+        label="First noise", choices=("fresh", "consistent"), group="method")
+    noise_refresh: float = setting(1e-4, "3D: share of consistent noise that is renewed in every step.",
+        label="Renewal of consistent noise (3D)", low=0.0, high=1.0, group="method")
+    csd_weights: str = setting("two-way",
+        "method=csd: two-way = eps_y - eps_n; three-way goes from the empty prompt to the negative one.",
+        label="Weights of CSD", choices=("two-way", "three-way"), group="method")
+    inversion_steps: int = setting(10, "method=sdi: levels of the whole schedule that DDIM inversion goes through.",
+        label="Inversion steps", low=1, high=100, group="method")
+    inversion_gamma: float = setting(-7.5, "method=sdi: guidance scale of the inversion.", label="Inversion γ",
+        low=-200.0, high=200.0, group="method")
+    inversion_eta: float = setting(0.3, "method=sdi: random noise added in the inversion; 0 = none.",
+        label="Inversion η", low=0.0, high=1.0, group="method")
+    inversion_shift: bool = setting(False,
+        "method=sdi: invert up to a step too far and read it at t, as its authors' code does.",
+        label="Inversion shifted", group="method")
+    lora_rank: int = setting(4, "method=vsd, rewardvsd: rank of the LoRA.", label="Rank of the LoRA", low=1, high=64,
+        group="method")
+    lora_lr: float = setting(1e-3, "method=vsd, rewardvsd: learning rate of the LoRA.",
+        label="Learning rate of the LoRA", low=0.0, high=1.0, group="method")
+
+    candidates: int = setting(4, "method=rewardsds, rewardvsd: noises a step that the reward weighs.",
+        label="Candidate noises", low=2, high=16, group="preference")
+    candidate_weights: str = setting("min-max",
+        "method=rewardsds, rewardvsd: 0.9 of the best two - 0.1 of the worst two, the best alone, or softmax.",
+        label="Weights of the candidates", choices=("min-max", "best", "softmax"), group="preference")
+    explore_steps: int = setting(15, "method=rewardsds, rewardvsd: DDIM steps of the whole schedule.",
+        label="Exploration steps", low=2, high=100, group="preference")
+    reward_share: float = setting(0.7, "method=rewardsds, rewardvsd: share of the run in which the reward is asked.",
+        label="Share of the run with reward", low=0.0, high=1.0, group="preference")
+    reward_lambda: float = setting(0.1, "method=dreamreward: weight of the reward's gradient.",
+        label="λ of the reward's gradient", low=0.0, high=1e4, group="preference")
+    reward_schedule: str = setting("constant",
+        "method=dreamreward: reward_lambda throughout (paper), or the schedule and balance of its code.",
+        label="Schedule of DreamReward", choices=("constant", "code"), group="preference")
+    dpo_form: str = setting("paper", "method=dreamdpo: paper = eq. 22; code = loser without guidance, and a threshold.",
+        label="Form of DreamDPO", choices=("paper", "code"), group="preference")
+    dpo_threshold: float = setting(0.01, "method=dreamdpo, form code: smaller gaps of the reward prefer nothing.",
+        label="Threshold of DreamDPO", low=0.0, high=1000.0, group="preference")
+
     rescale: float = setting(0.0,
         "3D: share of MVDream's rescaling of x0-hat to the contrast that eps_y alone has (tames a large gamma).",
         label="Rescaling of x0 (3D)", low=0.0, high=1.0, group="method", varies="any")
@@ -252,6 +293,14 @@ ARMS: dict[str, dict[str, Any]] = {
     "no-negative":   dict(negative_lr=0.0),
     "paper-form":    dict(pref_form="paper"),
     "negative-only": dict(method="negative"),
+    "csd":           dict(method="csd"),
+    "sdi":           dict(method="sdi"),
+    "cfd":           dict(method="cfd", pair="independent", noise="consistent"),
+    "vsd":           dict(method="vsd"),
+    "dreamdpo":      dict(method="dreamdpo"),
+    "dreamreward":   dict(method="dreamreward"),
+    "rewardsds":     dict(method="rewardsds", rank="group"),
+    "rewardvsd":     dict(method="rewardvsd", rank="group"),
 }  # fmt: skip
 
 

@@ -42,5 +42,5 @@ def shift_timestep(t: int, tau: float, num_train_timesteps: int = 1000) -> int:
 def further_noise(seed: int, step: int, index: int, shape: tuple[int, ...]) -> Float[Tensor, "*shape"]:
     """The index-th noise of a step beyond its pair: a function of these numbers alone, so that asking for more noises
     moves no other random number of the run."""
-    (state,) = np.random.SeedSequence([seed, step, index]).generate_state(1, np.uint64)
+    (state,) = np.random.SeedSequence([seed, step, index % 2**32]).generate_state(1, np.uint64)
     return torch.randn(shape, generator=torch.Generator().manual_seed(int(state)))

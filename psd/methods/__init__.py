@@ -6,6 +6,7 @@ beside the others.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -43,12 +44,42 @@ class MethodInfo(NamedTuple):
     about: str
     ranks: bool = False  # whether it asks the reward which of several noises is best; a mixture learns its scales there
     learns: bool = False  # whether it has an n of its own, `negative` (psd.methods.negative), which a run keeps
-    passes: Passes = PLAIN  # of a step without preference
+    passes: Passes | Callable[[RunConfig], Passes] = PLAIN  # of a step without preference; on average, where t counts
     ranked: Passes = RANKED  # on top, on every preference step of one that ranks
     learned: Passes = LEARNED  # on top, where an n that learns moves
+    climbs: bool = False  # whether it needs the reward's gradient whatever n does
 
     def load(self) -> type[Method]:
         return resolve_name(self.method)
+
+    def passes_of(self, config: RunConfig) -> Passes:
+        return self.passes(config) if callable(self.passes) else self.passes
+
+
+def mean_t(config: RunConfig) -> float:
+    """Share of the schedule that lies below the mean of a run's timesteps."""
+    low, high = config.t_min, config.t_max
+    if config.mode == "3d":  # half of the annealing at its start, then the final interval
+        settled = (low + config.t_max_end) / 2
+        return config.t_anneal * (high + settled) / 2 + (1 - config.t_anneal) * settled
+    return (low + high) / 2
+
+
+def inverted(config: RunConfig) -> Passes:
+    """SDI: both predictions at every level of the inversion, then at t."""
+    return Passes(unet=2 * (config.inversion_steps * mean_t(config) + 2))
+
+
+def explored(config: RunConfig) -> Passes:
+    """RewardSDS: both predictions of every candidate at every level below t; all of them decoded and scored."""
+    count, share = config.candidates, config.reward_share
+    unet = share * count * 2 * (config.explore_steps * mean_t(config) + 0.5) + (1 - share) * 2
+    return Passes(unet=unet, decode=share * count, reward=share * count)
+
+
+def with_lora(passes: Passes, rows: float = 1.0) -> Passes:
+    """The LoRA's own prediction of so many rows, and a step of its training."""
+    return passes.plus(Passes(unet=rows, unet_grad=1))
 
 
 METHODS: dict[str, MethodInfo] = {
@@ -58,6 +89,34 @@ METHODS: dict[str, MethodInfo] = {
     ),
     "sds": MethodInfo("psd.methods.sds:SDS", "Plain score distillation; in image mode it is DDIM."),
     "negative": MethodInfo("psd.methods.negative:NegativeOnly", "The learned n alone (Sec. 3.3).", learns=True),
+    "csd": MethodInfo(
+        "psd.methods.csd:CSD", "Classifier score distillation: guidance alone.",
+        passes=lambda config: Passes(unet=2 + (config.csd_weights == "three-way")),
+    ),
+    "sdi": MethodInfo("psd.methods.sdi:SDI", "Score distillation via DDIM inversion.", passes=inverted),
+    "cfd": MethodInfo("psd.methods.cfd:CFD", "Consistent flow distillation: annealed t, noise that stays in place."),
+    "vsd": MethodInfo(
+        "psd.methods.vsd:VSD", "Variational score distillation (ProlificDreamer): a LoRA as the critic.",
+        passes=with_lora(PLAIN),
+    ),
+    "dreamdpo": MethodInfo(
+        "psd.methods.dreamdpo:DreamDPO", "DreamDPO: the difference of a ranked pair (eq. 22).", ranks=True,
+        passes=PLAIN.plus(RANKED), ranked=Passes(),
+    ),
+    "dreamreward": MethodInfo(
+        "psd.methods.dreamreward:DreamReward", "DreamReward: score distillation plus the reward's gradient (eq. 18).",
+        passes=PLAIN.plus(Passes(decode_grad=1, reward_grad=1)), climbs=True,
+    ),
+    "rewardsds": MethodInfo(
+        "psd.methods.rewardsds:RewardSDS", "RewardSDS: several noises, weighted by the reward.", ranks=True,
+        passes=explored, ranked=Passes(),
+    ),
+    "rewardvsd": MethodInfo(
+        "psd.methods.vsd:RewardVSD", "RewardVSD: the same with a LoRA as the critic.", ranks=True, ranked=Passes(),
+        passes=lambda config: with_lora(
+            explored(config), config.reward_share * config.candidates + 1 - config.reward_share
+        ),
+    ),
 }  # fmt: skip
 
 

@@ -23,6 +23,8 @@ from psd.methods.negative import starting_negative
 from psd.schedule import NoiseSchedule, descending_timesteps, further_noise, shift_timestep
 from psd.score import BoundScore
 
+STAYS = -1  # in place of a noise's number: the one of the whole run
+
 
 @dataclass
 class Latents:
@@ -99,9 +101,12 @@ class ImageStage:
         return Drawn(step, step / self.steps, t, noise)
 
     def noises(self, drawn: Drawn, arm: str, count: int) -> Float[Tensor, "N B C h w"]:
-        """The first is the last CFG prediction, or fresh; the second is fresh, as are all further ones."""
-        first = self.latents[arm].k if self.arms[arm].config.pair == "ddim" else drawn.noise[0]
+        """The first is the last CFG prediction, fresh, or one for the whole run; the second is fresh, as all others."""
+        config = self.arms[arm].config
+        first = self.latents[arm].k if config.pair == "ddim" else drawn.noise[0]
         shape = tuple(first.shape[1:])
+        if config.noise == "consistent":
+            first = torch.stack([further_noise(seed, 0, STAYS, shape) for seed in self.seeds]).to(first.device)
         more = [
             torch.stack([further_noise(seed, drawn.step, index, shape) for seed in self.seeds]).to(first.device)
             for index in range(2, count)

@@ -22,7 +22,7 @@ from psd.export import to_uint8
 from psd.methods import METHODS
 from psd.methods.negative import starting_negative
 from psd.modes import pictures
-from psd.scene.cameras import camera_embedding, sample_cameras
+from psd.scene.cameras import camera_embedding, camera_rays, sample_cameras
 from psd.scene.fields import (
     ConstantBackground,
     DirectionalBackground,
@@ -33,6 +33,7 @@ from psd.scene.fields import (
 )
 from psd.scene.losses import image_loss, opacity_loss, orientation_loss, solid_loss, z_variance_loss
 from psd.scene.mesh import Mesh, extract_mesh
+from psd.scene.noise import SurfaceNoise
 from psd.scene.render import Background, Occupancy, Rendering, render
 from psd.scene.rig import Frame
 from psd.scene.scene import FieldScene
@@ -45,6 +46,7 @@ RANDOM_BACKGROUND_SHARE = 0.5  # of the steps, where a background is learned: it
 SOLID_FROM = 0.3  # of the run; before, it is the ball a field starts from that is seen
 BAD_STEPS = 20  # in a row until a run is given up
 PREVIEW_PX = 64
+NOISE_TEXELS = 4  # of consistent noise along a latent's side
 
 
 @dataclass
@@ -156,6 +158,8 @@ class ObjectStage:
         y, n_0 = prior.embed([config.prompt]), starting_negative(config, prior)
         self.sculptures: dict[str, Sculpture] = {}
         self.arms: dict[str, Arm] = {}
+        self.surface_noise: SurfaceNoise | None = None
+        self.surfaces: dict[str, tuple[Tensor, Tensor]] = {}  # points and opacity of this step's renders
         for name, arm in arms.items():
             score = BoundScore(models.decode, models.reward, [config.prompt], arm.rank, arm.view_prompts)
             setup = Setup(arm, prior, y, n_0, score, self.schedule, prior.views)
@@ -179,10 +183,13 @@ class ObjectStage:
         return Drawn(step, share, t, noise, cameras, camera_embedding(cameras.c2w), jitter_seed, colour)
 
     def noises(self, drawn: Drawn, arm: str, count: int) -> Float[Tensor, "N V C h w"]:
-        """All fresh, the same for every arm."""
+        """All fresh, the same for every arm; where it is consistent the first is what lies on the arm's object."""
         shape = tuple(drawn.noise.shape[1:])
         more = [further_noise(self.config.seed, drawn.step, index, shape)[None] for index in range(2, count)]
-        return torch.cat([drawn.noise, *(noise.to(drawn.noise.device) for noise in more)])[:count]
+        noise = torch.cat([drawn.noise, *(noise.to(drawn.noise.device) for noise in more)])[:count]
+        if arm not in self.surfaces:
+            return noise
+        return torch.cat([self.surface_noise.seen(*self.surfaces.pop(arm), self.frame.radius)[None], noise[1:]])
 
     def observe(self, drawn: Drawn) -> Observed:
         """Render and encode every arm from the same cameras."""
@@ -193,7 +200,25 @@ class ObjectStage:
                 sculpture.refine(self.config.grid_size_end)
         renders = {name: each.render(drawn, size) for name, each in self.sculptures.items()}
         images = {name: self._resized(seen.rgb) for name, seen in renders.items()}
+        self._lay_noise(drawn, renders)
         return Observed({name: self.models.prior.encode(each) for name, each in images.items()}, renders, images)
+
+    @torch.no_grad()
+    def _lay_noise(self, drawn: Drawn, renders: dict[str, Rendering]) -> None:
+        """Surface points of the arms whose noise is consistent, and the step's renewal of that."""
+        laid = [name for name, arm in self.arms.items() if arm.config.noise == "consistent"]
+        if not laid:
+            return
+        if self.surface_noise is None:
+            shape, device = self.models.prior.latent_shape, self.models.prior.device
+            self.laying = torch.Generator().manual_seed(self.config.seed)
+            self.surface_noise = SurfaceNoise(shape, NOISE_TEXELS * shape[1], self.laying, device)
+        self.surface_noise.refresh(self.config.noise_refresh, self.laying)
+        for name in laid:
+            seen, size = renders[name], renders[name].rgb.shape[-1]
+            origins, directions = (rays.movedim(-1, 1) for rays in camera_rays(drawn.cameras, size, size))
+            points = origins + directions * seen.depth / seen.opacity.clamp(min=1e-5)
+            self.surfaces[name] = (points, seen.opacity)
 
     def apply(self, drawn: Drawn, observed: Observed, guided: dict[str, Guided]) -> str:
         """Surrogate (x_c * g).sum() / views and the losses; one backward for all arms, which share no parameter."""
