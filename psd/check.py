@@ -27,8 +27,8 @@ from psd.events import Finished
 from psd.models.hub import download
 from psd.models.rewards import load_reward
 from psd.models.rewards.table import REWARDS, RewardInfo
+from psd.picture import check_image
 from psd.run import generate
-from psd.safety import check_image
 
 # ImageReward's README at this commit: a prompt, four pictures, their scores.
 README_PROMPT = "a painting of an ocean with clouds and birds, day time, low depth field effect"

@@ -132,6 +132,10 @@ class RunConfig:
         "3D: the reward reads the prompt with \", front view\" (side, back, overhead), by the view's camera.",
         label="Name the view to the reward (3D)", group="preference")
 
+    start: str = setting("",
+        "Picture to change, in place of a start from noise: t_max says how much may change (0.5: what is there stays "
+        "recognisable).",
+        label="Start from a picture", group="main", local=True)
     noise: str = setting("fresh",
         "First noise of a step: fresh, or consistent = in 3D it lies on the object's surface, in an image it stays.",
         label="First noise", choices=("fresh", "consistent"), group="method")

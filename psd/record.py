@@ -15,6 +15,7 @@ waited for them: whoever reads a folder knows what may still come.
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import logging
 import math
@@ -99,6 +100,9 @@ class Record:
                 f"n started from a file (SHA-256 {digest[:16]}), not from the negative prompt: restored settings do "
                 "not bring it."
             )
+        if config.start:
+            digest = self.settings["start_sha256"] = hashlib.sha256(Path(config.start).read_bytes()).hexdigest()
+            self.remarks.append(f"Started from a picture (SHA-256 {digest[:16]}): restored settings do not bring it.")
         try:
             directory.mkdir(parents=True)
             export_json(directory / MANIFEST, self._manifest("running", 0.0, "", failed=False))

@@ -12,10 +12,6 @@ import unicodedata
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-import numpy as np
-from jaxtyping import Float32
-from PIL import Image, ImageOps
-
 from psd.config import (
     ARMS,
     FIELDS,
@@ -37,12 +33,10 @@ from psd.methods import METHODS
 from psd.models.hub import is_hub_id
 from psd.models.priors.table import PRIORS, prior_info
 from psd.models.rewards.table import is_mixture
+from psd.picture import check_image
 
 MAX_ARMS = 6
-MAX_IMAGE_SIDE_PX = 4096
-MAX_IMAGE_BYTES = 10 * 2**20
 MAX_IMAGE_STEPS = 1000  # of the noise schedule: more would repeat timesteps
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")  # nothing that reaches Pillow's rarer decoders (EPS calls Ghostscript)
 
 TYPE_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
@@ -72,6 +66,7 @@ def check_request(config: RunConfig, allow_local: bool = False, uploads: Path | 
     if is_judged(config.prior, owner=allow_local):
         check_prompt(config.prompt)
     check_negative(config, allow_local, uploads)
+    check_start(config, allow_local, uploads)
     for arm in arms_of(config).values():
         check_mode(arm)
     if config.t_min >= config.t_max:
@@ -219,6 +214,19 @@ def check_negative(config: RunConfig, allow_local: bool, uploads: Path | None) -
     read_embedding(config.negative_from)
 
 
+def check_start(config: RunConfig, allow_local: bool, uploads: Path | None) -> None:
+    """The picture that latents start from is there and can be read."""
+    if not config.start:
+        return
+    if config.mode != "image":
+        raise RequestError(
+            f"start is a picture to change, for mode image, got mode {config.mode}: leave it out.", "start"
+        )
+    if not allow_local and not (uploads and is_below(config.start, uploads)):
+        raise RequestError("start must be an upload: send a PNG, JPEG or WebP picture.", "start")
+    check_image(config.start)
+
+
 def is_below(path: str | Path, *folders: Path) -> bool:
     """Whether a path, with its links followed, lies in one of these folders; it need not be there."""
     try:
@@ -253,41 +261,6 @@ def check_mode(config: RunConfig) -> None:
         least, end = getattr(config, name), getattr(config, f"{name}_end")
         if end and end < least:
             raise RequestError(f"{name}_end must be 0 or at least {name} = {least}, got {end}.", f"{name}_end")
-
-
-def check_image(path: str | Path) -> Float32[np.ndarray, "H W 3"]:
-    """The picture in a file as RGB in [0, 1], upright, transparency on white.
-
-    Size and format are read from the header; pixels are decoded only once those pass, so that a small file cannot
-    unfold into gigabytes. Only the first frame of an animation counts. Raises RequestError, never naming the folder.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise RequestError(f"image {path.name!r} is not a file: upload a PNG, JPEG or WebP picture.")
-    if path.stat().st_size > MAX_IMAGE_BYTES:
-        raise RequestError(
-            f"image {path.name!r} has {path.stat().st_size / 2**20:.1f} MB, at most {MAX_IMAGE_BYTES // 2**20} MB "
-            "are allowed: save it smaller."
-        )
-    try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
-            width, height = image.size
-            if max(width, height) > MAX_IMAGE_SIDE_PX:
-                raise RequestError(
-                    f"image {path.name!r} is {width} x {height} pixels, at most {MAX_IMAGE_SIDE_PX} a side "
-                    "are allowed: scale it down."
-                )
-            if image.mode.startswith(("I", "F")):
-                raise RequestError(f"image {path.name!r} has more than 8 bits a channel: save it as 8-bit RGB.")
-            rgba = ImageOps.exif_transpose(image).convert("RGBA")
-    except RequestError:
-        raise
-    except Exception as error:  # a decoder meets hostile bytes here and may raise anything
-        raise RequestError(
-            f"image {path.name!r} cannot be read: upload an undamaged PNG, JPEG or WebP picture."
-        ) from error
-    white = Image.new("RGBA", rgba.size, "white")
-    return np.asarray(Image.alpha_composite(white, rgba).convert("RGB"), dtype=np.float32) / np.float32(255)
 
 
 def names_of(setting: Setting) -> tuple[str, ...]:

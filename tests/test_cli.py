@@ -13,6 +13,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from psd.__main__ import main
 from psd.config import ARMS, PRESETS, RunConfig
@@ -122,7 +123,9 @@ def learned(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(RunConfig) if field.name != "prompt"])
-def test_every_flag_reaches_its_field(name: str, run: Callable[..., int], runs: Runs, learned: Path):
+def test_every_flag_reaches_its_field(name: str, run: Callable[..., int], runs: Runs, learned: Path, tmp_path: Path):
+    picture = tmp_path / "a.png"
+    Image.new("RGB", (8, 8)).save(picture)
     field = RunConfig.__dataclass_fields__[name]
     other = {"preset": "toybox-quick", "prior": "org/name", "reward": list(REWARDS)[-1], "t_min": 0.5, "t_max": 0.5}
     other |= {
@@ -135,7 +138,9 @@ def test_every_flag_reaches_its_field(name: str, run: Callable[..., int], runs: 
     }
     other |= {
         "negative_from": str(learned),
+        "start": str(picture),
         "view_prompts": True,
+        "inversion_shift": True,
         "fast_decoder": True,
         "mode": "3d",
         "method": "negative",

@@ -255,7 +255,7 @@ def test_an_upload_reaches_the_settings_by_its_path(cache: Path):
 
 
 def test_a_path_neither_leaves_with_the_settings_nor_comes_with_them(given: Path, tmp_path: Path):
-    assert LOCAL == ("negative_from",)
+    assert LOCAL == ("start", "negative_from")
     config = replace(CONFIG, negative_from=str(given))
     assert config.to_dict() == CONFIG.to_dict() and config.to_dict()["negative_from"] == ""
     hostile = CONFIG.to_dict() | {"negative_from": "/etc/passwd"}

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from psd.config import FIELDS, RunConfig, arms_of, varied_name
@@ -14,6 +17,8 @@ from psd.contracts import Models
 from psd.distil import distil
 from psd.errors import RequestError
 from psd.modes.image import ImageStage
+from psd.run import generate
+from psd.safety import check_request
 from psd.schedule import NoiseSchedule, descending_timesteps
 from tests.gaussian import OTHER, ExactPrior, PlainReward
 
@@ -189,3 +194,37 @@ def test_a_number_that_varies_acts_on_its_own_arm_as_in_a_run_alone(name: str):
     beside, alone = run(arms)[-1].x_c, run({"alone": arms[varied]})[-1].x_c["alone"]
     assert torch.equal(beside[varied], alone)
     assert not torch.equal(beside[varied], beside["with"])
+
+
+def test_a_picture_to_start_from_is_what_is_changed(tmp_path: Path):
+    """At a small t_max the result is the picture, at a large one something else; the arms still differ."""
+    settings = dict(prompt="a green lamp", steps=4, arms="with, without", fast_decoder=True)
+    *_, drawn = generate(RunConfig(**settings | dict(prompt="a red cube")), tmp_path)
+    given = drawn.arms["without"].picture
+
+    def distance(t_max: float) -> float:
+        *_, last = generate(RunConfig(**settings, start=str(given), t_max=t_max), tmp_path)
+        assert last.remarks[0].startswith("Started from a picture")
+        pictures = [np.array(Image.open(path).convert("RGB"), float) for path in (given, last.arms["without"].picture)]
+        assert last.arms["with"].picture.read_bytes() != last.arms["without"].picture.read_bytes()
+        return float(np.abs(pictures[0] - pictures[1]).mean())
+
+    assert distance(0.05) < 0.3 * distance(0.98)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (dict(start="/nowhere/a.png"), "image 'a.png' is not a file"),
+        (dict(start=__file__), "cannot be read"),
+        (dict(start=__file__, mode="3d", prior="toybox/mvdream"), "start is a picture to change, for mode image"),
+    ],
+)
+def test_a_start_that_cannot_be_is_refused(settings: dict, sentence: str):
+    with pytest.raises(RequestError, match=sentence):
+        check_request(RunConfig(prompt="a red cube", **settings), allow_local=True)
+
+
+def test_a_stranger_starts_from_an_upload_alone(tmp_path: Path):
+    with pytest.raises(RequestError, match="start must be an upload"):
+        check_request(RunConfig(prompt="a red cube", start=__file__), uploads=tmp_path)

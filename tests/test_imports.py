@@ -19,9 +19,10 @@ MODULES = {
 # Lowest first. A module imports from lower layers or from its own package, never sideways or upward.
 LAYERS = [
     {"psd", "psd.errors", "psd.export", "psd.config", "psd.guidance"},
-    {"psd.scene", "psd.schedule", "psd.events", "psd.embedding"},
+    {"psd.scene", "psd.schedule", "psd.events", "psd.embedding", "psd.picture"},
     {"psd.contracts"},
-    {"psd.methods", "psd.models", "psd.score", "psd.pairs", "psd.distil"},
+    {"psd.models"},
+    {"psd.methods", "psd.score", "psd.pairs", "psd.distil"},
     {"psd.content"},
     {"psd.safety", "psd.record", "psd.modes", "psd.budget"},
     {"psd.run"},

@@ -16,7 +16,8 @@ from PIL import Image
 
 from psd.config import MAX_PROMPT_CHARS, PRESETS, RunConfig
 from psd.errors import RequestError, shown
-from psd.safety import MAX_IMAGE_SIDE_PX, check_image, check_request
+from psd.picture import MAX_IMAGE_SIDE_PX, check_image
+from psd.safety import check_request
 
 FIELDS = {field.name: field for field in dataclasses.fields(RunConfig)}
 BOUNDED = [name for name, field in FIELDS.items() if field.metadata["low"] is not None]

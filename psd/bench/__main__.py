@@ -1,6 +1,7 @@
 """Does it work, and how fast? `python -m psd.bench image` and `scene`: held-out prompts x seeds over every arm.
 
 `python -m psd.bench transfer`: what a learned n does to samples that nobody optimises.
+`python -m psd.bench methods` and `methods-3d`: the field's other methods beside it.
 `python -m psd.bench speed`: what a step takes beside its networks.
 `python -m psd.bench gpu`: speed and memory of the published architectures.
 """
@@ -16,13 +17,13 @@ from typing import Any
 
 import torch
 
-from psd.bench import gpu, image, scene, speed, transfer
+from psd.bench import gpu, image, methods, scene, speed, transfer
 from psd.bench.paired import contact_sheet, measure, run_batch, table
 from psd.config import FIELDS, RunConfig
 from psd.toybox import world
 from psd.toybox.dataset import TABLE_SEED, heldout_scenes
 
-TABLES = {"image": image, "scene": scene, "transfer": transfer}
+TABLES = {"image": image, "scene": scene, "transfer": transfer} | methods.TABLES
 
 
 def main() -> None:
@@ -85,7 +86,7 @@ def write_table(bench, args: argparse.Namespace) -> None:
     elif args.tried:
         extra = {}
     else:
-        extra = bench.costs(config, args.device)  # before the workers: alone on the machine
+        extra = bench.costs(bench.ROWS, config, args.device)  # before the workers: alone on the machine
     scenes = heldout_scenes(args.prompts, args.prompts_seed)
     workers = args.workers if args.device == "cpu" else 1
     rows = {tried: row_of(tried) for tried in args.tried}

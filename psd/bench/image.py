@@ -72,8 +72,8 @@ def seen_in(image: Float[Tensor, "1 3 S S"], scene: world.Scene) -> dict[str, fl
     return {"facts": 100 * float(np.mean(held)), "all_facts": 100.0 * all(held)}
 
 
-def costs(config: RunConfig, device: str) -> dict[str, dict[str, str]]:
-    return {"seconds": {name: f"{seconds_of(arm, device):.1f}" for name, arm in rows_of(config, ROWS).items()}}
+def costs(rows: Rows, config: RunConfig, device: str) -> dict[str, dict[str, str]]:
+    return {"seconds": {name: f"{seconds_of(arm, device):.1f}" for name, arm in rows_of(config, rows).items()}}
 
 
 def seconds_of(config: RunConfig, device: str, repeats: int = 3) -> float:

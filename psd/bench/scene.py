@@ -107,10 +107,10 @@ class Cost(NamedTuple):
     peak_mb: float  # resident memory of the whole process
 
 
-def costs(config: RunConfig, device: str) -> dict[str, dict[str, str]]:
+def costs(rows: Rows, config: RunConfig, device: str) -> dict[str, dict[str, str]]:
     """What each arm costs alone in a fresh process; printed: the compare run of the page."""
     config = replace(config, prompt=COST_PROMPT)
-    cost_of = {name: cost(replace(arm, arms="with"), device) for name, arm in rows_of(config, ROWS).items()}
+    cost_of = {name: cost(replace(arm, arms="with"), device) for name, arm in rows_of(config, rows).items()}
     print("compare run:", cost(replace(config, arms="with, without"), device))
     return {
         "seconds": {name: f"{each.seconds:.0f}" for name, each in cost_of.items()},

@@ -45,5 +45,5 @@ def seen_in(images, scene: world.Scene) -> dict[str, float]:
     return {}
 
 
-def costs(config: RunConfig, device: str) -> dict[str, dict[str, str]]:
+def costs(rows: Rows, config: RunConfig, device: str) -> dict[str, dict[str, str]]:
     return {}

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from psd.errors import RequestError
 from psd.export import export_png, to_uint8
 from psd.methods import METHODS
 from psd.methods.negative import starting_negative
+from psd.picture import check_image
 from psd.schedule import NoiseSchedule, descending_timesteps, further_noise, shift_timestep
 from psd.score import BoundScore
 
@@ -77,8 +79,13 @@ class ImageStage:
             self.arms[name] = Arm(name, arm, METHODS[arm.method].load()(setup), score)
 
     def start(self) -> Generator[Ask, Answer, int]:
-        """x_c = x0_hat of pure noise at the largest t, k = eps~ there; the same for every arm of equal gamma."""
+        """x_c = x0_hat of pure noise at the largest t, k = eps~ there; the same for every arm of equal gamma.
+
+        Where there is a picture to start from the noise is added to it (SDEdit, Meng et al. 2022).
+        """
         t, x_t = self.timesteps[0], self._sample_noise()
+        if self.config.start:
+            x_t = self.schedule.alpha_t(t) * self._given(x_t) + self.schedule.sigma_t(t) * x_t
         eps_y, eps_n = yield Ask(x_t[None], (self.y, self.n_0), t)
         for name, arm in self.arms.items():
             k = guidance.cfg(eps_y[0], eps_n[0], arm.config.gamma)
@@ -156,6 +163,17 @@ class ImageStage:
 
         for index, kind in enumerate(PICTURES[: len(self.seeds)]):
             yield Artefact(kind, partial(write, index))
+
+    @torch.no_grad()
+    def _given(self, like: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h w"]:
+        """Latents of the picture to start from, its middle square, one for every sample."""
+        prior = self.models.prior
+        pixels = torch.from_numpy(check_image(self.config.start)).permute(2, 0, 1)[None]
+        side, size = min(pixels.shape[-2:]), like.shape[-1] * prior.image_size // prior.latent_shape[-1]
+        top, left = ((whole - side) // 2 for whole in pixels.shape[-2:])
+        square = pixels[..., top : top + side, left : left + side]
+        square = F.interpolate(square, (size, size), mode="bilinear", antialias=True).clamp(0, 1)
+        return prior.encode(square.to(like.device)).expand_as(like)
 
     def _sample_noise(self) -> Float[Tensor, "B C h w"]:
         prior, size = self.models.prior, self.config.image_size

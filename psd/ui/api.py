@@ -22,8 +22,9 @@ from psd.config import FIELDS
 from psd.errors import RequestError
 from psd.models.needs import check_downloads
 from psd.models.rewards import load_reward
+from psd.picture import check_image
 from psd.record import read
-from psd.safety import check_image, check_text, is_below
+from psd.safety import check_text, is_below
 from psd.ui import files
 from psd.ui.estimate import check_work, gpu_seconds
 from psd.ui.examples import EXAMPLES

@@ -58,11 +58,19 @@ def named(values: Sequence[Any]) -> dict[str, Any]:
     return settings
 
 
+UPLOADS = {
+    "negative_from": ("an ARM_negative.safetensors", [".safetensors"]),
+    "start": ("a PNG, JPEG or WebP", [".png", ".jpg", ".jpeg", ".webp"]),
+}
+ARM_LABELS = {
+    "with": "with preference", "csd": "CSD", "sdi": "SDI", "cfd": "CFD", "vsd": "VSD", "dreamdpo": "DreamDPO",
+    "dreamreward": "DreamReward", "rewardsds": "RewardSDS", "rewardvsd": "RewardVSD",
+}  # fmt: skip
+
+
 def arm_label(arm: str) -> str:
     """An arm's name as the page writes it, everywhere the same; not escaped."""
-    if is_varied(arm):
-        return arm
-    return "with preference" if arm == "with" else arm.replace("-", " ")
+    return arm if is_varied(arm) else ARM_LABELS.get(arm, arm.replace("-", " "))
 
 
 def control(name: str) -> gr.components.Component:
@@ -72,8 +80,8 @@ def control(name: str) -> gr.components.Component:
     common = {"label": field.label, "value": start, "info": field.help, "elem_id": name}
     low, high = field.low, field.high
     if field.local:
-        label = f"{field.label}: drop an ARM_negative.safetensors"
-        return upload(label=label, file_types=[".safetensors"], height=100, elem_id=name)
+        what, types = UPLOADS[name]
+        return upload(label=f"{field.label}: drop {what}", file_types=types, height=100, elem_id=name)
     if name == "arms":
         common["value"] = listed(start)
         return gr.CheckboxGroup([(arm_label(arm), arm) for arm in ARMS], **common)

@@ -284,6 +284,7 @@ def restore_file(path: str | None) -> list[Any]:
         found = settings_of(Path(path))
         settings = checked(found).to_dict()
     more = " The file that n started from is not in them: drop it again." if found.get("negative_from_sha256") else ""
+    more += " The picture it started from is not in them: drop it again." if found.get("start_sha256") else ""
     gr.Info(f"Settings restored.{more}")
     return [*fill(settings), False]
 
