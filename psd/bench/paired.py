@@ -48,7 +48,7 @@ JUDGED = {"target": Column("target reward", 2), "judge": Column("held-out judge"
     axis: Column(axis, 2, short=True) for axis in AXES
 }
 
-Rows = dict[str, tuple[str, dict[str, Any]]]  # title -> a name of psd.config.ARMS, and settings beyond that arm's
+Rows = dict[str, tuple[str, dict[str, Any]]]  # title -> a name of psd.presets.ARMS, and settings beyond that arm's
 # The parts of full PSD, each alone, and its n at each rate: in every table.
 PARTS: Rows = {
     "winner selection alone": ("selection", {}),

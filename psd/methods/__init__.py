@@ -1,6 +1,6 @@
 """Update rules by name: a step that asks the prior and answers with the gradient of x_c. Loads no torch.
 
-To add one: a class that answers psd.contracts.Method, and a row here that names it; a row of psd.config.ARMS puts it
+To add one: a class that answers psd.contracts.Method, and a row here that names it; a row of psd.presets.ARMS puts it
 beside the others.
 """
 
