@@ -137,7 +137,7 @@ class RunConfig:
     start: str = setting("",
         "Picture to change, in place of a start from noise: t_max says how much may change (0.5: what is there stays "
         "recognisable).",
-        label="Start from a picture", group="main", local=True)
+        label="Start from a picture", group="method", local=True)
     noise: str = setting("fresh",
         "First noise of a step: fresh, or consistent = in 3D it lies on the object's surface, in an image it stays.",
         label="First noise", choices=("fresh", "consistent"), group="method")
