@@ -59,6 +59,8 @@ SCORES: dict[str, Published] = {
     "pickscore": Published((21.0,), 4.0, "the scale of the PSD paper's tables"),
     "aesthetic": Published((5.5,), 2.5, "the predictor's scale of 1 to 10"),
     "mps": Published((10.0,), 8.0, "the scale of its model card"),
+    "reward3d": Published((0.0,), 4.0, "ImageReward's scale; DreamReward's loss asks for 4"),
+    "reward3d-cross-view": Published((0.0,), 1.0, "a fifth of that scale"),
 }
 # Means over many prompts, of which two are run here: the tolerance is that of a few pictures.
 PROMPTS = ("a photo of an astronaut riding a horse", "a corgi wearing a top hat")
@@ -114,8 +116,12 @@ def check_reward(name: str, info: RewardInfo, device: str, pictures: Path | None
         for _ in download(source):
             pass
     reward = load_reward(name, device)
+    images = readme_pictures(pictures)
+    if reward.views > 1:  # as if they were views of one object, which must have one shape
+        side = min(size for image in images for size in image.shape[-2:])
+        images = [torch.cat([image[..., :side, :side] for image in images])]
     with torch.no_grad():
-        scores = torch.cat([reward(image.to(device), [README_PROMPT]) for image in readme_pictures(pictures)])
+        scores = torch.cat([reward(each.to(device), [README_PROMPT] * len(each)) for each in images])
     published = SCORES[name]
     return compared(name, scores.tolist() if len(published.values) > 1 else [scores.mean().item()], published)
 

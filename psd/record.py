@@ -224,7 +224,7 @@ class Record:
 
 @torch.no_grad()
 def scores_of(images: Float[Tensor, "B 3 H W"], prompts: list[str], rewards: dict[str, Reward]) -> dict[str, float]:
-    """Reward -> its mean over the images."""
+    """Reward -> its mean over the images, or over the groups of as many as it judges together."""
     return {name: reward(images, prompts).mean().item() for name, reward in rewards.items()}
 
 

@@ -12,6 +12,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from psd.contracts import Models, Prior, Reward, Stage
 from psd.distil import State, distil
 from psd.errors import Abandoned, RequestError, Withheld, is_out_of_memory
 from psd.events import Downloading, Finished, Preview, Shown, Started, Step
-from psd.methods import METHODS
+from psd.methods import METHODS, learns_negative
 from psd.models.checker import SafetyChecker, load_checker
 from psd.models.hub import OWNER, Access
 from psd.models.needs import fetch_models
@@ -73,12 +74,14 @@ def generate(
     models, rewards = load(config, device)
     judged = is_judged(config.prior, access == OWNER)
     checker = load_checker(device) if judged else None
-    stage: Stage = MODES[config.mode].load()(config, arms_of(config), models)
+    stage: Stage = MODES[config.mode].load()(config, arms_with(config, models.reward), models)
     rewards[config.reward] = measure = measuring(stage)
     record = Record(Path(output_root or "outputs") / uuid.uuid4().hex[:12], config, heard)
     states, stopped, failed = distil(models.prior, stage), "", False
     clock.start()
     try:
+        if any(map(learns_negative, arms_of(config).values())) and not models.reward.differentiable:
+            record.remarks.append(f"n stayed fixed: reward {models.reward.name} has no gradient that it could follow.")
         warnings = (*warnings_of(config, models.prior), *([UNCHECKED] if judged and not checker else []))
         yield Started(record.directory.name, record.directory, config, tuple(stage.arms), warnings)
         for state in states:
@@ -145,7 +148,7 @@ class Clock:
 def load(config: RunConfig, device: str) -> tuple[Models, dict[str, Reward]]:
     """What the run needs, and the rewards that its results are scored by. Raises RequestError."""
     prior = load_prior(config.prior, device)
-    rewards = load_rewards(config.reward, device)
+    rewards = load_rewards(config.reward, device, prior.views if MODES[config.mode].multi_view else 1)
     decoder = decoder_of(config.prior, config.fast_decoder)
     decode = load_fast_decoder(decoder, device) if decoder else prior.decode
     return Models(prior, rewards[config.reward], decode), rewards
@@ -160,15 +163,23 @@ def warnings_of(config: RunConfig, prior: Prior) -> list[str]:
     return warnings
 
 
-def load_rewards(target: str, device: str) -> dict[str, Reward]:
+def arms_with(config: RunConfig, reward: Reward) -> dict[str, RunConfig]:
+    """The arms' settings; n of none of them learns where the reward has no gradient."""
+    arms = arms_of(config)
+    return arms if reward.differentiable else {name: replace(arm, negative_lr=0.0) for name, arm in arms.items()}
+
+
+def load_rewards(target: str, device: str, views: int = 1) -> dict[str, Reward]:
     """The target, its members one by one where it is a mixture, and the held-out judges. Raises RequestError.
+
+    `views` is how many of one object the run draws at once.
 
     A published judge that is damaged or finds no room on the device is left out: nobody asked for it. One of the app's
     own is a fault.
     """
     members = reward_terms(target) if is_mixture(target) else {}
     rewards = {target: load_reward(target, device)} | {name: load_reward(name, device) for name in members}
-    for name in held_out_rewards(target):
+    for name in held_out_rewards(target, views):
         try:
             rewards[name] = load_reward(name, device)
         except Exception as error:
@@ -217,7 +228,8 @@ def metrics_of(
     means: dict[str, Float[Tensor, ""]] = {}
     if views:
         prompts = [prompt for name, images in views.items() for prompt in stage.arms[name].score.read(len(images))]
-        scores = reward(torch.cat(list(views.values())), prompts).split([len(images) for images in views.values()])
+        samples = [len(images) // reward.views for images in views.values()]
+        scores = reward(torch.cat(list(views.values())), prompts).split(samples)
         means |= {f"reward_{name}": each.mean() for name, each in zip(views, scores, strict=True)}
     ends = dict(zip(stage.arms, ["", *(f"_{name}" for name in list(stage.arms)[1:])]))
     for name, end in ends.items():

@@ -32,7 +32,7 @@ from psd.errors import RequestError, shown, unknown_name
 from psd.methods import METHODS
 from psd.models.hub import is_hub_id
 from psd.models.priors.table import PRIORS, prior_info
-from psd.models.rewards.table import is_mixture
+from psd.models.rewards.table import is_differentiable, is_mixture, joint_views
 from psd.picture import check_image
 
 MAX_ARMS = 6
@@ -69,6 +69,7 @@ def check_request(config: RunConfig, allow_local: bool = False, uploads: Path | 
     check_start(config, allow_local, uploads)
     for arm in arms_of(config).values():
         check_mode(arm)
+    check_reward(config)
     if config.t_min >= config.t_max:
         raise RequestError(
             f"t_min must be below t_max, got t_min = {config.t_min} and t_max = {config.t_max}.", "t_min"
@@ -174,16 +175,7 @@ def check_vary(config: RunConfig) -> None:
 
 
 def check_models(config: RunConfig, allow_local: bool) -> None:
-    """Prior and reward are names of our tables; a prior may also be a hub id or, if allowed, a folder.
-
-    A reward may also be a mixture, whose members' scales are learned from the pairs that the method ranks.
-    """
-    if is_mixture(config.reward) and not any(METHODS[arm.method].ranks for arm in arms_of(config).values()):
-        raise RequestError(
-            "reward is a mixture, weighed by the pairs that a method ranks, and no arm here ranks any: "
-            "choose method psd, or a single reward.",
-            "reward",
-        )
+    """A prior is a name of our table, a hub id or, if allowed, a folder."""
     prior, otherwise = config.prior, ", or a hub id like org/name"
     if prior in PRIORS or is_hub_id(prior):
         return
@@ -200,6 +192,36 @@ def check_models(config: RunConfig, allow_local: bool) -> None:
             f"prior {shown(prior)} is not a diffusers folder (no model_index.json in it); "
             f"give such a folder, one of {', '.join(PRIORS)}{otherwise}.",
             "prior",
+        )
+
+
+def check_reward(config: RunConfig) -> None:
+    """A reward is a name of our table or a mixture of them, sees what the prior draws, and has the gradient needed.
+
+    The scales of a mixture's members are learned from the pairs that the method ranks.
+    """
+    methods = {arm.method: METHODS[arm.method] for arm in arms_of(config).values()}
+    if is_mixture(config.reward) and not any(method.ranks for method in methods.values()):
+        raise RequestError(
+            "reward is a mixture, weighed by the pairs that a method ranks, and no arm here ranks any: "
+            "choose method psd, or a single reward.",
+            "reward",
+        )
+    views = joint_views(config.reward)
+    drawn = prior_info(config.prior).views if MODES[config.mode].multi_view else 1
+    if views not in (1, drawn):
+        instead = f"this prior draws {drawn}" if drawn > 1 else f"mode {config.mode} has single pictures"
+        raise RequestError(
+            f"reward {shown(config.reward)} judges {views} views of one object together, and {instead}: "
+            "choose a reward of single pictures.",
+            "reward",
+        )
+    climbing = [name for name, method in methods.items() if method.climbs]
+    if climbing and not is_differentiable(config.reward):
+        raise RequestError(
+            f"reward {shown(config.reward)} has no gradient, which method {climbing[0]} follows: "
+            "choose another reward, or a method that ranks.",
+            "reward",
         )
 
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 class BoundScore:
     """Scores of every noise and sample, differentiable; a mixture learns its scales here, for this arm alone.
 
+    A reward that judges several views together gives each of them their common score.
+
     rank          "group": every view of a noise has the mean over all of them
     view_prompts  the reward reads y as "y, front view" and so on, by the view's camera
     """
@@ -34,7 +36,8 @@ class BoundScore:
             from psd.scene.cameras import view_names  # a picture has no cameras and loads no scene
 
             read = [f"{prompt}, {name} view" for prompt, name in zip(read, view_names(self.cameras), strict=True)]
-        scores = self.reward.rank(images, read * len(x_0), len(x_0)).view(x_0.shape[:2])
+        scores = self.reward.rank(images, read * len(x_0), len(x_0)).view(len(x_0), -1)
+        scores = scores.repeat_interleave(self.reward.views, 1)
         scores = scores.mean(1, keepdim=True).expand_as(scores) if self.rank == "group" else scores
         if len(x_0) > 1:
             self.pair = Pair(images.detach().unflatten(0, x_0.shape[:2]), scores.detach())

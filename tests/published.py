@@ -15,12 +15,13 @@ from transformers import PreTrainedTokenizerBase
 
 from psd.models.checker import CHECKER
 from psd.models.priors.table import PRIORS, TAESD, prior_info
-from psd.models.rewards import clip_scores, image_reward, mps
+from psd.models.rewards import clip_scores, image_reward, mps, reward3d
 from psd.models.rewards.table import BERT, CLIP_H, CLIP_L, REWARDS
 from tests.local_hub import LocalHub
 from tests.test_fast_decoder import make_taesd
 from tests.test_mvdream import make_mvdream_folder
 from tests.test_priors import make_prior_folder
+from tests.test_reward3d import VARIANTS, make_reward3d
 from tests.test_rewards import (
     bert_tokenizer,
     clip_tokenizer,
@@ -41,10 +42,13 @@ TYPED = "somebody/her-fine-tune"  # a Stable Diffusion that no table knows
 
 
 def shrink() -> None:
-    """The three rewards without a config file, in the size of the golden checkpoints; for a process of its own."""
+    """The rewards without a config file, in the size of the golden checkpoints; for a process of its own."""
     clip_scores.VIT_H_14 = tiny_vit_h_14()
     image_reward.VIT_L_16, image_reward.BERT_BASE = tiny_blip()
     mps.VIT_H_14, mps.CROSS = tiny_mps_sizes()
+    reward3d.HEADS = 4
+    for variant in VARIANTS.values():  # on ImageReward's small towers, which have 40 positions
+        variant.scale = variant.scale | {"max_length": 35}
 
 
 def publish(hub: LocalHub, root: Path) -> None:
@@ -53,7 +57,7 @@ def publish(hub: LocalHub, root: Path) -> None:
         PRIORS[SD15].source: stable_diffusion, PRIORS[SD21].source: stable_diffusion, PRIORS[MVDREAM].source: mvdream,
         TAESD.source: taesd, prior_info(TYPED).source: stable_diffusion,
         REWARDS["hpsv2.1"].source: hpsv2, REWARDS["pickscore"].source: pickscore,
-        REWARDS["imagereward"].source: imagereward,
+        REWARDS["imagereward"].source: imagereward, REWARDS["reward3d"].source: both_reward3d,
         REWARDS["aesthetic"].source: aesthetic, REWARDS["mps"].source: rehosted_mps,
         CLIP_H: clip_h, CLIP_L: clip_l, BERT: bert, CHECKER: safety_checker,
     }  # fmt: skip
@@ -143,6 +147,12 @@ def imagereward(folder: Path) -> None:
     weights, about = golden("rewards/imagereward_tiny_weights")
     torch.save(weights, folder / image_reward.IMAGE_REWARD_FILE)
     (folder / "med_config.json").write_text(json.dumps(about["med_config"]))
+
+
+def both_reward3d(folder: Path) -> None:
+    """Both variants, as their one repository has them."""
+    folder.mkdir()
+    make_reward3d(folder)
 
 
 def aesthetic(folder: Path) -> None:

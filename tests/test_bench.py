@@ -105,7 +105,7 @@ def test_jobs_come_back_under_their_prompt_and_seed(tmp_path: Path):
     assert len(pictures) == 6
     with Image.open(pictures[0]) as picture:
         assert picture.size == (12 * 64, 2 * 64)
-    assert paired.contact_sheet(tmp_path, scenes, 2, 3).width == 2 * 4 * 64
+    assert paired.contact_sheet(tmp_path, scenes, 2, 4).width == 2 * 4 * 64
 
 
 def test_pictures_are_judged_again_without_being_made(tmp_path: Path):

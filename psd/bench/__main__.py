@@ -103,7 +103,7 @@ def write_table(bench, args: argparse.Namespace) -> None:
         "costs": extra,
     }
     output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    page = contact_sheet(pictures, scenes, bench.SHEET_COLUMNS, bench.SHOWN_EVERY)
+    page = contact_sheet(pictures, scenes, bench.SHEET_COLUMNS, bench.SHOWN_VIEWS)
     page.save(output.with_suffix(".png"), optimize=True)
     print(table(found, bench.COLUMNS, extra, getattr(bench, "AGAINST", None)))
 

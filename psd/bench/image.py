@@ -29,7 +29,7 @@ from psd.toybox import world
 from psd.toybox.evaluate import facts_of
 
 PRESET, PROMPTS, SEEDS, BATCH = "toybox-image", 40, 3, 15
-SHEET_COLUMNS, SHOWN_EVERY = 10, 1
+SHEET_COLUMNS, SHOWN_VIEWS = 10, 1
 COLUMNS = JUDGED | {"facts": Column("facts right (%)", 1), "all_facts": Column("all facts right (%)", 1)}
 EVERY_STEP = dict(pref_interval=1, negative_interval=1)  # the preset does half of it, at twice the rate
 RATE = dict(negative_lr=2e-2)

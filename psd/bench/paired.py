@@ -153,11 +153,11 @@ def load_pictures(folder: Path, job: Job) -> dict[str, UInt8[np.ndarray, "V S S 
     return dict(zip(arms, tiles))
 
 
-def contact_sheet(folder: Path, scenes: list[world.Scene], columns: int, every: int) -> Image.Image:
-    """Every scene's arms of seed 0, one below the other, in order: nothing is picked. `every`: shown views."""
+def contact_sheet(folder: Path, scenes: list[world.Scene], columns: int, views: int) -> Image.Image:
+    """Every scene's arms of seed 0, one below the other, in order: nothing is picked. The first `views`."""
     shown = []
     for scene in scenes:
-        rows = [np.concatenate(list(views[::every]), 1) for views in load_pictures(folder, (scene, 0)).values()]
+        rows = [np.concatenate(list(seen[:views]), 1) for seen in load_pictures(folder, (scene, 0)).values()]
         shown.append(np.concatenate(rows))
     return sheet(shown, [world.caption(scene) for scene in scenes], columns)
 

@@ -44,7 +44,7 @@ from psd.toybox.pairs import to_pixels
 from psd.toybox.views import draw_views
 
 PRESET, PROMPTS, SEEDS, BATCH = "toybox-fast", 20, 2, 1
-SHEET_COLUMNS, SHOWN_EVERY = 4, 3
+SHEET_COLUMNS, SHOWN_VIEWS = 4, pictures.SIDES
 TRUTH = "the world's own object"  # what the classifier and the rewards make of the real thing: no run can ask for more
 COLUMNS = JUDGED | {
     "kind": Column("right kind (%)", 1),
@@ -68,7 +68,7 @@ def make(rows: Rows, config: RunConfig, device: str, jobs: list[Job]) -> list[Pi
         stage = ObjectStage(run, rows_of(run, rows), models)
         run_to_end(models.prior, stage)
         seen = {name: stage.scored(name)[0] for name in stage.arms}
-        cameras = pictures.around(stage.frame, pictures.SCORED_VIEWS)
+        cameras = pictures.scored_cameras(stage.frame)
         made.append(seen | {TRUTH: true_views(scene, seed, cameras, models.prior.image_size).to(device)})
     return made
 

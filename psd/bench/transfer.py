@@ -12,11 +12,11 @@ from psd.toybox.evaluate import sample
 from psd.toybox.evaluate_mvdream import four_sides, sample_views
 
 PRESET, PROMPTS, SEEDS, BATCH = "toybox-fast", 40, 1, 1
-SHEET_COLUMNS, SHOWN_EVERY = 8, 1
+SHEET_COLUMNS = 8
 COLUMNS = JUDGED
 ROWS: Rows = {"full PSD": ("with", {})}  # what n is learned by
 STEPS = 30  # of DDIM
-PICTURES = 4  # of each row: the views of an object, or as many seeds
+SHOWN_VIEWS = PICTURES = 4  # of each row: the views of an object, or as many seeds
 AGAINST = {
     "toybox/mvdream, n learned": "toybox/mvdream, n of the negative prompt",
     "toybox/sd, n learned": "toybox/sd, n of the negative prompt",

@@ -23,6 +23,7 @@ from psd.scene.texture import Views
 from psd.scene.turntable import depth_picture, export_turntable, normal_picture, turntable_frames
 
 SCORED_VIEWS, SHEET_VIEWS = 12, 4
+SIDES = 4  # of an object, as multi-view priors draw them and rewards judge them
 PAINTING_RINGS = ((15.0, 8), (40.0, 4), (-40.0, 4))  # elevation in degrees, views: what a mesh's colours are taken from
 # A multiple of 64: of 144 and 160 px libx264 makes other bits each time, it reads beyond the rows.
 FRONT_PX, SHEET_PX, TURNTABLE_PX = 256, 192, 128
@@ -35,9 +36,15 @@ def around(frame: Frame, count: int, azimuth_deg: float = 0.0) -> Cameras:
     return orbit_cameras(count, azimuth_start_deg=azimuth_deg, **frame.portrait)
 
 
+def scored_cameras(frame: Frame) -> Cameras:
+    """A circle in groups of SIDES a quarter turn apart, which a reward can judge together: 0, 3, 6, 9, 1, ..."""
+    order = torch.arange(SCORED_VIEWS).view(SIDES, -1).T.flatten()
+    return around(frame, SCORED_VIEWS)[order]
+
+
 def scored_views(scene: Scene, frame: Frame, size: int, samples: int) -> Float[Tensor, "12 3 H W"]:
     """A scene from all around, as it is scored; in [0, 1]."""
-    return scene.render(around(frame, SCORED_VIEWS), size, samples=samples).rgb.clamp(0, 1)
+    return scene.render(scored_cameras(frame), size, samples=samples).rgb.clamp(0, 1)
 
 
 def painting_views(scene: Scene, frame: Frame, size: int, samples: int) -> Views:

@@ -146,7 +146,7 @@ document(validate)
 
 @spaces.GPU(duration=30)
 def scores(image: str | None, prompt: str = "") -> dict[str, float]:
-    """Score an image against a prompt with every embedded reward.
+    """Score an image against a prompt with every embedded reward of single pictures.
 
     Parameters:
         image: PNG, JPEG or WebP picture.

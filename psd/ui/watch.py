@@ -297,5 +297,5 @@ def give_way(parts: Iterator[None]) -> None:
 
 
 def embedded_rewards() -> list[str]:
-    """Rewards whose weights ship with this repository: scoring with them downloads nothing."""
-    return [name for name, info in REWARDS.items() if info.embedded]
+    """Rewards of single pictures whose weights ship with this repository: scoring with them downloads nothing."""
+    return [name for name, info in REWARDS.items() if info.embedded and info.views == 1]

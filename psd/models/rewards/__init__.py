@@ -35,6 +35,9 @@ def _load_model(name: str, device: str) -> Reward:
     def load() -> Reward:
         use_tf32(device)
         with readable_errors(name, *info.sources):
-            return resolve_name(info.model).load(name, info.on_disk(), device)
+            reward = resolve_name(info.model).load(name, info.on_disk(), device)
+        if (reward.views, reward.differentiable) != (info.views, info.differentiable):
+            raise TypeError(f"{name} is not what its row says: views {reward.views}, {reward.differentiable=}")
+        return reward
 
     return load_once(_loaded, (info.source, str(device)), load, KEEP_LOADED)

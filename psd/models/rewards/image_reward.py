@@ -38,7 +38,7 @@ class ImageRewardModel(Reward):
     """r(y, image) = (head(first token of text(y, vision(image))) - mean) / std. Weights frozen, float32."""
 
     def __init__(
-        self, name: str, licence: str, vision, text, head: nn.Sequential, tokenizer,
+        self, name: str, licence: str, vision, text, head: nn.Module, tokenizer,
         mean: float, std: float, max_length: int, pixel_mean: Tensor, pixel_std: Tensor,
     ):  # fmt: skip
         check_vocabulary(tokenizer, text.config.vocab_size)
@@ -65,7 +65,7 @@ class ImageRewardModel(Reward):
         statistics = (settings["mean"], settings["std"], settings["max_length"])
         return cls(name, info.licence, *parts, tokenizer, *statistics, *load_mean_std(source, device))
 
-    def __call__(self, images: Float[Tensor, "B 3 H W"], prompts: list[str]) -> Float[Tensor, " B"]:
+    def __call__(self, images: Float[Tensor, "B 3 H W"], prompts: list[str]) -> Float[Tensor, " S"]:
         """Scores of images in [0, 1], image i under prompt i; prompts are cut to max_length tokens."""
         if len(prompts) != len(images):
             raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
@@ -76,28 +76,35 @@ class ImageRewardModel(Reward):
 
     def score(
         self, pixels: Float[Tensor, "B 3 s s"], input_ids: Int[Tensor, "B L"], attention_mask: Int[Tensor, "B L"]
-    ) -> Float[Tensor, " B"]:
+    ) -> Float[Tensor, " S"]:
         image_embeds = self.vision(pixels).last_hidden_state
         fused = self.text(input_ids, attention_mask=attention_mask, encoder_hidden_states=image_embeds)
         return (self.head(fused.last_hidden_state[:, 0]).squeeze(-1) - self.mean) / self.std
 
 
 class PublishedImageReward(ImageRewardModel):
-    """ImageReward itself."""
+    """ImageReward itself; a reward whose checkpoint has another head on the same towers overrides what stands first."""
+
+    file = IMAGE_REWARD_FILE
+    scale = IMAGE_REWARD
+
+    @staticmethod
+    def make_head(weights: dict[str, Tensor]) -> nn.Module:
+        return linear_head(weights)
 
     @classmethod
     def load(cls, name: str, info: RewardInfo, device: str) -> ImageRewardModel:
         """From the authors' checkpoint, read without unpickling code."""
         from transformers import AutoTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
-        checkpoint = torch.load(info.source.file(IMAGE_REWARD_FILE), map_location="cpu", weights_only=True)
+        checkpoint = torch.load(info.source.file(cls.file), map_location="cpu", weights_only=True)
         weights = image_reward_to_transformers(checkpoint)
         vision = from_state_dict(BlipVisionModel, BlipVisionConfig(**VIT_L_16), weights["vision"])
         text = from_state_dict(BlipTextModel, BlipTextConfig(**BERT_BASE), weights["text"], add_pooling_layer=False)
         tokenizer = AutoTokenizer.from_pretrained(info.tokenizer.path, **info.tokenizer.where)
         tokenizer.add_tokens(["[DEC]", "[ENC]"], special_tokens=True)  # BLIP's two; a prompt never holds them
-        parts = [part.to(device) for part in (vision, text, linear_head(weights["head"]))]
-        statistics = (IMAGE_REWARD["mean"], IMAGE_REWARD["std"], IMAGE_REWARD["max_length"])
+        parts = [part.to(device) for part in (vision, text, cls.make_head(weights["head"]))]
+        statistics = (cls.scale["mean"], cls.scale["std"], cls.scale["max_length"])
         return cls(name, info.licence, *parts, tokenizer, *statistics, *load_mean_std(info.source, device))
 
 
@@ -131,7 +138,7 @@ VISION_NAMES = (
 
 
 def image_reward_to_transformers(weights: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """ImageReward's state dict as those of BlipVisionModel, BlipTextModel and `linear_head`, in float32.
+    """ImageReward's state dict as those of BlipVisionModel, BlipTextModel and its head, in float32.
 
     Left out: the projections of BLIP's contrastive loss, which the score does not use, and the position_ids buffer.
     """
@@ -144,6 +151,6 @@ def image_reward_to_transformers(weights: dict[str, Tensor]) -> dict[str, dict[s
             parts["vision"][name] = weight.float()
         elif name.startswith("blip.text_encoder.") and not name.endswith(".position_ids"):
             parts["text"][name.removeprefix("blip.text_encoder.")] = weight.float()
-        elif name.startswith("mlp."):
+        elif not name.startswith("blip."):
             parts["head"][name] = weight.float()
     return parts

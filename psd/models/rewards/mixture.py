@@ -27,6 +27,8 @@ class Mixture(Reward):
     so that a single wild one cannot decide alone. c_k, the mean score of the first pair, only moves the zero: every
     image scores 0 until a pair was ranked, then its gain over the start.
 
+    Where a member judges several views together, each other one counts with its mean over them.
+
     Only `rank` learns. Previews and metrics call the mixture by the clock, and must not change what a run does.
     """
 
@@ -40,7 +42,7 @@ class Mixture(Reward):
         self._variance = torch.zeros_like(self.weights)
         self._start = torch.zeros_like(self.weights)
 
-    def __call__(self, images: Float[Tensor, "B 3 H W"], prompts: list[str]) -> Float[Tensor, " B"]:
+    def __call__(self, images: Float[Tensor, "B 3 H W"], prompts: list[str]) -> Float[Tensor, " S"]:
         return self._mix(self._scores(images, prompts))
 
     def rank(self, images: Float[Tensor, "B 3 H W"], prompts: list[str], copies: int) -> Float[Tensor, " S"]:
@@ -62,8 +64,9 @@ class Mixture(Reward):
         # The average starts from nothing: what of it is missing is divided out, as Adam does.
         return (self._variance / (1 - DECAY**self.ranked)).sqrt().clamp_min(ROUNDING)
 
-    def _scores(self, images: Tensor, prompts: list[str]) -> Float[Tensor, "K B"]:
-        return torch.stack([reward(images, prompts) for reward in self.members.values()])
+    def _scores(self, images: Tensor, prompts: list[str]) -> Float[Tensor, "K S"]:
+        samples = len(images) // self.views
+        return torch.stack([reward(images, prompts).view(samples, -1).mean(1) for reward in self.members.values()])
 
     def _learn(self, scores: Float[Tensor, "K N S"]) -> None:
         scores = scores[..., scores.isfinite().all(0).all(0)]  # one nan would stay in the averages for ever
@@ -75,5 +78,5 @@ class Mixture(Reward):
         self._variance = DECAY * self._variance + (1 - DECAY) * variance
         self.ranked += 1
 
-    def _mix(self, scores: Float[Tensor, "K B"]) -> Float[Tensor, " B"]:
+    def _mix(self, scores: Float[Tensor, "K S"]) -> Float[Tensor, " S"]:
         return (self.weights * (scores - self._start) / self.scales).sum(0)

@@ -29,10 +29,17 @@ class RewardInfo:
     tokenizer: Source | None = None  # where it is not beside the weights
     encoder: Source | None = None  # of images, where it is not beside the weights
     held_out: bool = False  # a judge: report it, do not optimise against it
+    views: int = 1  # of one object, which it judges together
+    differentiable: bool = True  # in the images
 
     @property
     def embedded(self) -> bool:
         return not self.download_mb
+
+    @property
+    def towers(self) -> frozenset[Source]:
+        """What its scores come from: two rewards with one in common do not judge each other."""
+        return frozenset(source for source in (self.source, self.encoder) if source)
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -95,6 +102,19 @@ REWARDS: dict[str, RewardInfo] = {
         Source("RE-N-Y/mpsv1", "main", ("model.safetensors",)),
         "MIT", 4420, "psd.models.rewards.mps:MPSReward", "MPS, overall preference: about 10.", tokenizer=CLIP_H,
     ),
+    # No commit of this repository is known here; sizes are counted from the code's own parameters.
+    "reward3d": RewardInfo(
+        Source("yejunliang23/Reward3D", "main", ("Reward3D_Scorer.pt",)),
+        "not stated for the weights; the authors' code is MIT", 1790, "psd.models.rewards.reward3d:Reward3DScorer",
+        "DreamReward's Reward3D: four views of an object judged together, with view_prompts; on ImageReward's scale.",
+        tokenizer=BERT, views=4,
+    ),
+    "reward3d-cross-view": RewardInfo(
+        Source("yejunliang23/Reward3D", "main", ("Reward3D_CrossViewFusion.pt",)),
+        "not stated for the weights; the authors' code is MIT", 1800, "psd.models.rewards.reward3d:Reward3DCrossView",
+        "Reward3D's other variant: its views read each other; on a fifth of ImageReward's scale.",
+        tokenizer=BERT, views=4,
+    ),
 }  # fmt: skip
 
 
@@ -134,13 +154,29 @@ def is_mixture(text: str) -> bool:
     return text.strip() not in reward_terms(text)
 
 
-def held_out_rewards(target: str) -> list[str]:
-    """Rewards that report beside the target without being optimised: those at home in the same world.
+def joint_views(text: str) -> int:
+    """How many views of one object a reward judges together; 1: single pictures. Raises RequestError."""
+    return max(REWARDS[name].views for name in reward_terms(text))
 
-    For the toybox's that is the other embedded one; for published targets what the hub's cache holds whole. Nothing
-    is downloaded to judge. Raises RequestError.
+
+def is_differentiable(text: str) -> bool:
+    """Whether a reward has a gradient in the images. Raises RequestError."""
+    return all(REWARDS[name].differentiable for name in reward_terms(text))
+
+
+def held_out_rewards(target: str, views: int = 1) -> list[str]:
+    """Rewards that report beside the target without being optimised: those at home in the same world, without a tower
+    of the target's, that judge single pictures or as many `views` as the prior draws.
+
+    For the toybox's these are other embedded ones; for published targets what the hub's cache holds whole. Nothing is
+    downloaded to judge. Raises RequestError.
     """
     members = reward_terms(target)
     worlds = {REWARDS[name].embedded for name in members}
+    towers = frozenset().union(*(REWARDS[name].towers for name in members))
     others = {name: info for name, info in REWARDS.items() if name not in members and info.embedded in worlds}
-    return [name for name, info in others.items() if is_cached(*info.sources)]
+    return [
+        name
+        for name, info in others.items()
+        if info.views in (1, views) and not info.towers & towers and is_cached(*info.sources)
+    ]
