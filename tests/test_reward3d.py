@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,9 @@ from psd.modes import pictures
 from psd.record import scores_of
 from psd.safety import check_request
 from psd.score import BoundScore
+from psd.toybox import views, world
+from psd.toybox.evaluate import HELDOUT_SEED
+from psd.toybox.pairs import to_pixels
 from tests.test_rewards import bert_tokenizer, golden, register, relative
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -272,3 +276,31 @@ def test_a_row_says_of_its_reward_what_is_so(flat, monkeypatch):
     monkeypatch.setitem(REWARDS, "flat", RewardInfo(Source("toybox/instruments"), "", 0, f"{__name__}:Flat", ""))
     with pytest.raises(TypeError, match="flat is not what its row says"):
         load_reward("flat")
+
+
+# toybox/reward3d
+
+
+def test_an_object_is_ranked_by_four_views_together(tmp_path):
+    """Curve, pairs, scores: one number a group, the target's and the judge's that shares no tower with it."""
+    settings = dict(prompt=PROMPT, reward="toybox/reward3d", arms="with, dreamreward", steps=4, pref_interval=1)
+    config = RunConfig.from_preset("toybox-fast", **settings, grid_size=16, grid_size_end=0, samples=16)
+    *_, end = generate(config, tmp_path, "cpu")
+    assert not end.failed and end.steps_done == 4
+    for arm in end.arms.values():
+        assert list(arm.scores) == ["toybox/reward3d", "toybox/judge"]
+        assert all(map(math.isfinite, arm.scores.values()))
+    pairs = np.array(end.arms["with"].remarks["pairs"]["scores"])  # [moment][better, worse][view]
+    assert pairs.shape == (4, 2, 4) and np.ptp(pairs, axis=2).max() == 0
+    assert (pairs[:, 0] > pairs[:, 1]).all()
+
+
+def test_it_prefers_an_object_to_two_halves():
+    reward, rng = load_reward("toybox/reward3d"), np.random.default_rng(3)
+    drawn = [views.group(HELDOUT_SEED, index, heldout=True)[0].scene for index in range(6)]
+    images = [to_pixels(views.draw_group(HELDOUT_SEED, index, heldout=True), torch.device("cpu")) for index in range(6)]
+    prompts = [world.caption(scene, rng) for scene in drawn for _ in range(4)]
+    mixed = [torch.cat([own[:2], other[2:]]) for own, other in zip(images, images[1:] + images[:1])]
+    with torch.no_grad():
+        whole, halves = (reward(torch.cat(each), prompts) for each in (images, mixed))
+    assert (whole > halves).all()

@@ -610,7 +610,7 @@ def test_published_rewards_are_pinned_to_a_commit():
         pinned = len(info.source.revision) == 40 or info.source.name in unknown
         assert info.source.is_folder or (pinned and info.download_mb > 0)
         for part in (info.tokenizer, info.encoder):
-            assert part is None or len(part.revision) == 40
+            assert part is None or part.is_folder or len(part.revision) == 40
     assert REWARDS["hpsv2.1"].tokenizer == CLIP_H and REWARDS["toybox/judge"].held_out
 
 

@@ -12,8 +12,11 @@ import torch
 from psd.models.hub import Source
 from psd.models.priors import load_prior
 from psd.models.priors.mvdream import MVDreamPrior, predict, start_from
+from psd.models.rewards import load_reward
+from psd.models.rewards.clip_scores import CLIPReward
+from psd.models.rewards.table import REWARDS, RewardInfo
 from psd.scene.cameras import camera_embedding, sample_cameras
-from psd.toybox import recolour, train_mvdream, views, workshop, world
+from psd.toybox import recolour, reward3d, train_mvdream, views, workshop, world
 from psd.toybox.classifier import load_attributes
 from psd.toybox.facts import GROUPS, labels
 from psd.toybox.models import make_attributes
@@ -193,3 +196,73 @@ def test_worn_pictures_are_blurred_or_mottled_where_the_object_is():
     mottled = (sharp[..., 8:24, 8:24] != 0.5).flatten(1).any(1)
     assert 8 < mottled.sum() < 24
     assert (blurred[:, 0, 7, 16] < background[0, 0]).all(), "no soft edge"
+
+
+# toybox/reward3d.
+
+
+@pytest.fixture(scope="module")
+def preference() -> CLIPReward:
+    return load_reward("toybox/preference")
+
+
+def seen_groups(count: int) -> tuple[reward3d.Seen, list[views.Group]]:
+    """Groups whose view v is seen as 100 g + v; hues turned as minus that, in less taste as a half more."""
+    own = (100.0 * torch.arange(count)[:, None] + torch.arange(4)).unsqueeze(-1)
+    told = torch.zeros(count, 2, 3)
+    seen = reward3d.Seen(own, -1 - own[:, :2], own + 0.5, told, told + 1)
+    return seen, [views.group(5, index)[0] for index in range(count)]
+
+
+def test_every_wrong_group_is_wrong_in_its_own_way():
+    seen, groups = seen_groups(30)
+    index = np.arange(30)
+    compared = reward3d.Comparisons(seen, groups).of(index, np.random.default_rng(0))
+    own, captioned, mixed, repeated, turned, worse = compared.seen[..., 0]
+    assert torch.equal(own, seen.own[..., 0]) and torch.equal(captioned, own) and torch.equal(worse, own + 0.5)
+    assert compared.told.mean((1, 2)).tolist() == [0, 1, 0, 0, 0, 0]
+
+    foreign = (mixed != own).sum(1)
+    assert set(foreign[compared.asked[1]].tolist()) == {1, 2}
+    assert torch.equal(mixed % 100, own % 100)  # another object in the same place
+    assert all(len((row // 100).unique()) == 2 for row in mixed[compared.asked[1]])
+    kinds = [drawn.scene.first.kind for drawn in groups]
+    others = [int((row[row != mine] // 100)[0]) for row, mine in zip(mixed, own) if (row != mine).any()]
+    assert {kinds[i] == kinds[other] for i, other in zip(index[(foreign > 0).numpy()], others)} == {True, False}
+
+    assert torch.equal(repeated[:, :2], repeated[:, 2:]) and torch.equal(repeated // 100, own // 100)
+    assert compared.asked[2].tolist() == [views.shows_azimuth(drawn.scene) for drawn in groups]
+    assert torch.equal(turned[:, 2:], own[:, 2:]) and (turned[:, 1] < 0).all()
+    assert set((turned[:, 0] < 0).tolist()) == {True, False}
+
+
+def test_the_reward_of_groups_trains_and_loads_as_what_it_was_trained_as(preference, monkeypatch, tmp_path):
+    monkeypatch.setattr(views, "CHUNK", 4)
+    monkeypatch.setattr(reward3d, "GROUPS_SEEN", 4)
+    monkeypatch.setitem(workshop.STAGES, "reward3d", Recipe(30, 8, 3e-3, 5))
+    shop = Workshop(torch.device("cpu"), tmp_path, 1.0, ("reward3d",), 0, tmp_path / "assets")
+    head = reward3d.train_reward3d(shop)
+
+    groups = views.Groups(tmp_path, 5, 4)
+    seen = reward3d.Seen(*torch.load(tmp_path / "reward3d-seen-5.pt", weights_only=True))
+    before = reward3d.right_answers(seen, groups.groups, preference, None)
+    after = reward3d.right_answers(seen, groups.groups, preference, head)
+    assert np.mean(list(after.values())) > np.mean(list(before.values()))
+
+    row = RewardInfo(
+        Source(str(tmp_path / "assets" / "reward3d")), "", 0, "psd.models.rewards.reward3d:ToyboxReward3D", "",
+        encoder=Source("toybox/preference"), views=4,
+    )  # fmt: skip
+    monkeypatch.setitem(REWARDS, "trained", row)
+    reward, captions = load_reward("trained"), [world.caption(drawn.scene) for drawn in groups.groups[:2]]
+    pixels = to_pixels(groups.take(np.arange(2)).reshape(-1, 128, 128, 3), torch.device("cpu"))
+    prompts = [caption for caption in captions for _ in range(4)]
+    with torch.no_grad():
+        scores = reward(pixels, prompts)
+        told = torch.stack([preference.encode_prompt(caption) for caption in captions])
+        kept = reward3d.scores_of(preference, head, reward.seen(pixels).view(1, 2, 4, -1), told[None])[0]
+        alone = preference(pixels, prompts).view(2, 4).mean(1)
+    torch.testing.assert_close(scores, kept, rtol=0, atol=5e-2)  # kept in half precision
+    assert scores.shape == (2,) and (scores - alone).abs().min() > 1e-3
+    gradient = torch.autograd.grad(reward(pixels.requires_grad_(), prompts)[0], pixels)[0].abs().amax((1, 2, 3))
+    assert (gradient[:4] > 0).all() and (gradient[4:] == 0).all()

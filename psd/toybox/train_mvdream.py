@@ -3,6 +3,7 @@
 Stages, in order, each skipped once done:
 mvdream  the prior of four views at once, from the UNet of toybox/sd; assets/toybox/mvdream
 views    a classifier of views from all sides, from toybox/attributes, to measure that prior by; assets/toybox/views
+reward3d a reward of four views together, on toybox/preference's towers (psd.toybox.reward3d); assets/toybox/reward3d
 As psd.toybox.train does, it keeps data and checkpoints in a work folder, writes the weights to assets/toybox at every
 checkpoint, and splits every batch over the processes of torchrun.
 """
@@ -31,6 +32,7 @@ from psd.toybox.facts import labels
 from psd.toybox.pairs import normalise, to_pixels
 from psd.toybox.raster import BACKGROUND
 from psd.toybox.recolour import recolour
+from psd.toybox.reward3d import train_reward3d
 from psd.toybox.views import AZIMUTHS, TOYBOX_RIG, VIEW_GROUPS, VIEWS, Groups, azimuth_target, shows_azimuth
 from psd.toybox.workshop import (
     STAGES,
@@ -227,7 +229,7 @@ def start_from_attributes(model: nn.Module) -> None:
             own[name][: len(weight)] = weight
 
 
-TRAINERS = {"mvdream": train_mvdream, "views": train_views}
+TRAINERS = {"mvdream": train_mvdream, "views": train_views, "reward3d": train_reward3d}
 
 
 def main() -> None:

@@ -58,6 +58,7 @@ STAGES: dict[str, Recipe] = {
     "sd":         Recipe(24000,  32, 6.0e-4, 1),
     "mvdream":    Recipe( 3000,   8, 4.0e-4, 4),
     "views":      Recipe( 3000,  64, 1.0e-3, 5),
+    "reward3d":   Recipe( 1000,  64, 1.0e-3, 5),
 }  # fmt: skip
 TOKENIZERS = {"sd/text_encoder": "sd/tokenizer", "preference": "preference", "judge/text": "judge/tokenizer"}
 IMAGES = {1: 24576, 2: 24576, 3: 16384, 7: 16384, 8: 24576}  # data seed -> how many renders

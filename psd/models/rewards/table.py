@@ -72,6 +72,10 @@ REWARDS: dict[str, RewardInfo] = {
         Source("toybox/judge"), "Apache-2.0", 0, BLIP,
         "ImageReward in small, on other data: the held-out score.", held_out=True,
     ),
+    "toybox/reward3d": RewardInfo(
+        Source("toybox/reward3d"), "Apache-2.0", 0, "psd.models.rewards.reward3d:ToyboxReward3D",
+        "Reward3D in small: four views of an object judged together.", encoder=Source("toybox/preference"), views=4,
+    ),
     "hpsv2.1": RewardInfo(
         Source("xswu/HPSv2", "697403c78157020a1ae59d23f111aa58ced35b0a", ("HPS_v2.1_compressed.pt",)),
         "Apache-2.0", 1980, "psd.models.rewards.clip_scores:HPSv2Reward",
