@@ -32,7 +32,7 @@ def test_every_embedded_model_has_a_card_that_is_true(folder: Path):
     assert about.pipeline_tag in TASKS and about.tags[0] == "toybox"
     assert card.text.strip().startswith(f"# toybox/{folder.name}\n")
     text = " ".join(card.text.split())
-    ((command, stages),) = re.findall(r"`python -m (\S+) --stages ([a-z ]+)`", text)
+    ((command, stages),) = re.findall(r"`python -m (\S+) --stages ([a-z0-9 ]+)`", text)
     assert set(stages.split()) <= COMMANDS[command] <= STAGES.keys() and stages.split()[-1] == folder.name
     for link, heading in re.findall(r"\]\(([^)#]+)#?([^)]*)\)", text):
         linked = (folder / link).read_text(encoding="utf-8")
