@@ -6,6 +6,7 @@ REWARDS stay cheap to read. Where the files come from is psd.models.hub's.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 from collections import OrderedDict
@@ -20,6 +21,7 @@ from psd.models.hub import Source, remove_damaged
 log = logging.getLogger(__name__)
 
 DAMAGED = ("SafetensorError", "JSONDecodeError", "UnicodeDecodeError", "UnpicklingError", "EOFError", "BadZipFile")
+SUMS = ".sha256"
 _LOAD_LOCK, _TABLE_LOCK = threading.RLock(), threading.Lock()
 _TOKENIZER_LOCK = threading.Lock()
 
@@ -57,6 +59,9 @@ def readable_errors(name: str, *sources: Source) -> Iterator[None]:
     that ran out is no fault of the files and passes.
     """
     try:
+        for source in sources:
+            if source.is_folder:
+                check_sums(name, Path(source.path))
         yield
     except (RequestError, ImportError):
         raise
@@ -78,6 +83,26 @@ def readable_errors(name: str, *sources: Source) -> Iterator[None]:
         if not Path(sources[0].path).is_dir():
             raise RequestError(f"The folder of '{name}' is missing: restore its weights or choose another.") from error
         raise RequestError(f"{fault(error, name)}: restore the folder's files or choose another model.") from error
+
+
+def check_sums(name: str, folder: Path) -> None:
+    """Raise RequestError where a file below `folder` is not what the FILE.sha256 beside it says; of others nothing is
+    known. A flipped bit of a weight is a number like any other: no reader notices it."""
+    for sums in folder.rglob(f"*{SUMS}"):
+        digest, _, file = sums.read_text(encoding="utf-8").strip().partition("  ")
+        if digest != sha256_of(sums.with_name(file)):
+            raise RequestError(f"A file of '{name}' is damaged: restore the folder's files or choose another model.")
+
+
+def export_sums(folder: Path) -> None:
+    """FILE.sha256 beside every file of weights below `folder`, as sha256sum writes and checks it."""
+    for weights in folder.rglob("*.safetensors"):
+        weights.with_name(weights.name + SUMS).write_text(f"{sha256_of(weights)}  {weights.name}\n", encoding="utf-8")
+
+
+def sha256_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fault(error: BaseException | None, name: str) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from psd.models.weights import export_sums
 from psd.toybox import world
 from psd.toybox.taste import AXES
 
@@ -225,6 +226,7 @@ def save_judge(folder: Path, judge: Judge, tokenizer, mean: float, std: float) -
     )
     _write_json(folder / "reward_config.json", {"mean": mean, "std": std, "max_length": MAX_TOKENS})
     save_preprocessor(folder)
+    export_sums(folder)
 
 
 def save_image_model(folder: Path, model) -> None:
@@ -237,12 +239,14 @@ def save_halved(folder: Path, part) -> None:
     """A model of diffusers in 16 bits."""
     clear_weights(folder)
     copy.deepcopy(part).half().save_pretrained(folder, max_shard_size=SHARD_SIZE)
+    export_sums(folder)
 
 
 def save_transformer(folder: Path, model) -> None:
     """A model of transformers in 16 bits; its config still says 32, and so it is loaded."""
     clear_weights(folder)
     model.save_pretrained(folder, max_shard_size=SHARD_SIZE, state_dict=halved(model))
+    export_sums(folder)
 
 
 def clear_weights(folder: Path) -> None:
