@@ -7,7 +7,6 @@ and remove what lies here at any moment: whatever has vanished is passed over.
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import re
 import shutil
@@ -103,16 +102,17 @@ def prune(
 
     Entries younger than min_age_s seconds and those in `keep` are never removed.
     """
+    now = time.time()
     try:
-        entries = [(modified_s(entry), entry) for entry in root.iterdir() if entry not in keep]
+        entries = [(age_s(entry, now), entry) for entry in root.iterdir() if entry not in keep]
     except OSError:
         return
     total_bytes = 0
-    for rank, (modified, entry) in enumerate(sorted(entries, reverse=True)):
+    for rank, (age, entry) in enumerate(sorted(entries)):
         size = size_bytes(entry)
         total_bytes += size
         surplus = rank >= max_entries or total_bytes > max_bytes or (size == 0 and entry.is_dir())
-        if surplus and time.time() - modified >= min_age_s:
+        if surplus and age >= min_age_s:
             remove(entry)
 
 
@@ -124,12 +124,13 @@ def remove(entry: Path) -> None:
             entry.unlink()
 
 
-def modified_s(path: Path) -> float:
-    """When it changed; of what has vanished, in the far future: it is nobody's to remove."""
+def age_s(path: Path, now: float) -> float:
+    """Since it changed, or until it will have: a clock that ran ahead and was put back leaves entries of the future,
+    which would never grow old. What has vanished has none: it is nobody's to remove."""
     try:
-        return path.stat().st_mtime
+        return abs(now - path.stat().st_mtime)
     except OSError:
-        return math.inf
+        return 0.0
 
 
 def size_bytes(path: Path) -> int:

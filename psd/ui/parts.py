@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -19,7 +20,7 @@ from psd.methods import METHODS
 from psd.models.priors.table import PRIORS
 from psd.models.rewards.table import REWARDS, reward_terms
 from psd.record import ARCHIVE, Result
-from psd.ui.files import run_folder
+from psd.ui.files import MIN_AGE_S, age_s, run_folder
 from psd.ui.form import ALLOW_DOWNLOAD_HELP, arm_label, help_line
 from psd.ui.plots import Series, line_chart
 from psd.ui.watch import View
@@ -84,7 +85,10 @@ def run_status(view: View) -> str:
 def end_status(result: Result, warnings: Sequence[str] = ()) -> str:
     """How a run ended, by its manifest, and every remark on it."""
     steps = result.settings.get("steps") or result.steps_done
-    if result.failed:
+    left = not result.settled and age_s(result.directory, time.time()) > MIN_AGE_S
+    if left:
+        headline = "The server ended before this run did: what there was is kept"
+    elif result.failed:
         headline = "Broke down: the partial result is kept"
     elif result.stopped:
         headline = "Stopped: the partial result is kept" if result.steps_done else "Stopped before the first step"
@@ -95,12 +99,12 @@ def end_status(result: Result, warnings: Sequence[str] = ()) -> str:
         parts.append(f"<span>{seconds(result.seconds)}</span>")
     if "seed" in result.settings:
         parts.append(f"<span>seed {escape(str(result.settings['seed']))}</span>")
-    if result.state == "writing":
+    if result.state == "writing" and not left:
         parts.append("<span>turntable and archives follow</span>")
     share = result.steps_done / max(steps, 1) if result.stopped else 1.0
     name = result.directory.name if run_folder(result.directory.name) else ""
     remarks = [*warnings, *([result.stopped] if result.stopped else []), *result.remarks]
-    return status("".join(parts) + notes(remarks), share, "stopped" if result.stopped else "done", name)
+    return status("".join(parts) + notes(remarks), share, "stopped" if result.stopped or left else "done", name)
 
 
 def notes(warnings: Sequence[str]) -> str:
