@@ -25,6 +25,7 @@ class Abandoned(Exception):
     """Thrown into a run that nobody listens to any more: it ends at once, with little to show."""
 
 
+NO_MEMORY = "The device ran out of memory: choose fewer arms, a smaller image or render size."
 OUT_OF_MEMORY = (
     "can't allocate memory",
     "cannot allocate memory",
@@ -61,5 +62,8 @@ def shown(value: object, limit: int = 60) -> str:
     """`value` as Python writes it, cut to `limit` characters: it came from outside and may be anything."""
     if isinstance(value, int) and value.bit_length() > 128:  # Python itself refuses to print very long ones
         return "a whole number of more than 38 digits"
-    text = repr(value[:limit] if isinstance(value, str | bytes) else value)
+    try:
+        text = repr(value[:limit] if isinstance(value, str | bytes) else value)
+    except (RecursionError, ValueError):  # lists in lists, or a very long number in one
+        return f"a value of type {type(value).__name__}"
     return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -101,6 +101,7 @@ def test_a_whole_number_serves_where_a_number_is_asked_for():
 def test_a_number_python_cannot_print_is_refused_too():
     assert "more than 38 digits" in refusal(seed=10**5000)
     assert "more than 38 digits" in refusal(gamma=-(10**5000))
+    assert "got a value of type list" in refusal(gamma=[10**5000])
 
 
 @pytest.mark.parametrize("name", CHOSEN)
@@ -222,6 +223,20 @@ def test_a_photograph_is_turned_upright(tmp_path: Path):
     assert check_image(path).shape == (8, 4, 3)
 
 
+@pytest.mark.parametrize("kind", ["png", "jpg"])
+def test_a_large_photograph_is_averaged_down_upright(tmp_path: Path, kind: str):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    array = np.zeros((2050, 4096, 3), np.uint8)
+    array[:, :1024] = 200
+    image = check_image(write_image(tmp_path / f"a.{kind}", array, exif=exif))
+    assert image.shape == (2048, 1025, 3)
+    np.testing.assert_allclose(image[[100, 1500]].mean((1, 2)), [200 / 255, 0], atol=0.01)
+    deep = np.zeros((8, 2050, 4), np.uint8)
+    deep[..., 3] = 255 * (np.arange(2050) % 2)  # every second column is black, the others are not there
+    assert check_image(write_image(tmp_path / "b.png", deep)).mean() == pytest.approx(0.5, abs=0.01)
+
+
 def image_refusal(path: Path) -> str:
     with pytest.raises(RequestError) as caught:
         check_image(path)
@@ -247,6 +262,8 @@ def test_an_image_that_is_too_large_is_refused_from_its_header(tmp_path: Path):
     assert "is 4097 x 8 pixels, at most 4096 a side" in image_refusal(bomb)
     bomb.write_bytes(png_header(60_000, 60_000))
     image_refusal(bomb)
+    Image.new("RGB", (4000, 3000)).save(tmp_path / "a.webp")
+    assert "has 12.0 megapixels, at most 8.4 are allowed of a WebP" in image_refusal(tmp_path / "a.webp")
 
 
 def test_a_file_that_is_too_large_is_not_opened(tmp_path: Path):

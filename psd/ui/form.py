@@ -19,7 +19,7 @@ from psd.models.hub import is_cached, is_hub_id
 from psd.models.needs import models_of
 from psd.models.priors.table import PRIORS, DecoderInfo, PriorInfo, gpu_memory
 from psd.models.rewards.table import REWARDS, RewardInfo, reward_terms
-from psd.safety import check_name, check_request, names_of
+from psd.safety import TABLES, check_field, check_name, check_request, names_of
 from psd.ui.files import cache_root
 
 NAMES = tuple(FIELDS)
@@ -112,10 +112,11 @@ def upload(**options: Any) -> gr.File:
 def checked(settings: Mapping[str, Any]) -> RunConfig:
     """The RunConfig a front end asked for: None means the preset's value. Raises RequestError."""
     settings = {name: plain(FIELDS[name], value) for name, value in todays(settings).items() if name in FIELDS}
-    preset = settings.pop("preset", None)
-    if preset is not None:
-        check_name("preset", str(preset), PRESETS)
-    config = RunConfig.from_preset(preset, **settings)
+    for name in ("preset", "mode"):  # which the others start from
+        if settings.get(name) is not None:
+            check_field(FIELDS[name], settings[name])
+            check_name(name, settings[name], TABLES[name])
+    config = RunConfig.from_preset(settings.pop("preset", None), **settings)
     check_request(config, uploads=cache_root())
     return config
 
