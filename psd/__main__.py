@@ -17,7 +17,7 @@ from contextlib import closing
 from pathlib import Path
 
 from psd.config import ARMS, FIELDS, MAX_SEED, PRESETS, RunConfig, Setting, arms_of
-from psd.errors import RequestError
+from psd.errors import NO_MEMORY, RequestError, is_out_of_memory
 from psd.events import Downloading, Finished, Started, Step
 from psd.models.needs import missing_models, told
 from psd.safety import allowed, check_name, check_request
@@ -56,7 +56,11 @@ def main(argv: list[str] | None = None) -> int:
     except RequestError as error:
         return complain(error, EXIT_REFUSED)
     except OSError as error:  # a full disk, a lost mount: the machine's trouble, not a bug to trace
-        return complain(error, EXIT_FAILED)
+        return complain(NO_MEMORY if is_out_of_memory(error) else error, EXIT_FAILED)
+    except (MemoryError, RuntimeError) as error:  # torch's allocators raise either
+        if not is_out_of_memory(error):
+            raise
+        return complain(NO_MEMORY, EXIT_FAILED)
 
 
 def build_parser() -> argparse.ArgumentParser:

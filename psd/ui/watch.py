@@ -24,7 +24,7 @@ import gradio as gr
 import torch
 
 from psd.config import MODES, RunConfig
-from psd.errors import Abandoned, RequestError, is_out_of_memory
+from psd.errors import NO_MEMORY, Abandoned, RequestError, is_out_of_memory
 from psd.events import Downloading, Finished, Preview, Shown, Started, Step
 from psd.models.hub import STRANGER
 from psd.models.needs import fetch_models, missing_models
@@ -232,7 +232,7 @@ def clear_errors() -> Iterator[None]:
         raise
     except Exception as error:
         if is_out_of_memory(error):
-            sentence = "The device ran out of memory: choose fewer arms, a smaller image or render size."
+            sentence = NO_MEMORY
             free_memory(error)
         else:
             reference = secrets.token_hex(4)
