@@ -29,7 +29,7 @@ window.psd = {
         const json = JSON.stringify(Object.fromEntries(chosen), null, 1);
         const python = value => typeof value === 'boolean' ? (value ? 'True' : 'False') : JSON.stringify(value);
         const flag = ([name, value]) => '--' + (value === false ? 'no-' : '') + name.replaceAll('_', '-') +
-            (typeof value === 'boolean' ? '' : ' ' + shell(value));
+            (typeof value === 'boolean' ? '' : (/^-/.test(value) ? '=' : ' ') + shell(value));
         const text = {
             link: () => server + '?' + new URLSearchParams(chosen),
             python: () => 'from gradio_client import Client\n\n' +
@@ -39,8 +39,10 @@ window.psd = {
             curl: () => `curl -sS ${server}gradio_api/call/v2/generate -H 'Content-Type: application/json' \\\n` +
                 `  -d ${shell(json)} |\n  sed 's/.*"event_id": *"\\([^"]*\\)".*/\\1/' |\n` +
                 `  xargs -I EVENT curl -sSN ${server}gradio_api/call/generate/EVENT`,
-            shell: () => 'python -m psd ' + chosen.map(([name, value]) =>
-                name === 'prompt' ? shell(value) : flag([name, value])).join(' '),
+            // The prompt last: one that begins with a dash would else be taken for a flag.
+            shell: () => ['python -m psd', ...chosen.filter(([name]) => name !== 'prompt').map(flag),
+                ...chosen.filter(([name]) => name === 'prompt').map(([, text]) =>
+                    (/^-/.test(text) ? '-- ' : '') + shell(text))].join(' '),
         }[kind]();
         navigator.clipboard?.writeText(text).catch(() => {});
         return text;
