@@ -17,13 +17,18 @@ import spaces  # noqa: E402, F401  before torch: on ZeroGPU it patches it
 from starlette.middleware import Middleware  # noqa: E402
 
 import psd  # noqa: E402, F401  before torch: sets how its threads wait
+from psd.record import reason_of  # noqa: E402
 from psd.ui import build_demo  # noqa: E402
 from psd.ui.gate import Gate  # noqa: E402
 from psd.ui.theme import HEAD, STYLE, theme  # noqa: E402
 from psd.ui.uploads import UploadLimit  # noqa: E402
 from psd.ui.watch import ON_ZERO_GPU, abandon_all, feel_load, warm  # noqa: E402
 
-demo = build_demo()
+try:
+    demo = build_demo()
+except OSError as error:  # gradio makes folders of its own in its cache
+    cache = os.environ["GRADIO_TEMP_DIR"]
+    sys.exit(f"error: The cache {cache} cannot be written: {reason_of(error)}; set GRADIO_TEMP_DIR to another folder.")
 demo.queue(default_concurrency_limit=1, max_size=16, api_open=False)
 
 
