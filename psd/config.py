@@ -231,6 +231,9 @@ class RunConfig:
     fast_decoder: bool = setting(False,
         "Rank and preview by TAESD, a small decoder; the final image and its scores stay the prior's own VAE's.",
         label="Rank and preview by TAESD", group="run")
+    offload: bool = setting(False,
+        "Judges and text encoders stay in the CPU's memory while they are not needed, for a GPU of 8 or 12 GB.",
+        label="Less GPU memory", group="run")
     time_budget_s: float = setting(0.0, "Stop and export at 90 % of this many seconds, loading included; 0 = no limit.",
         label="Time budget (s)", low=0.0, high=86_400.0, group="run")
     # fmt: on

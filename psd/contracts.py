@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
+from torch.nn import Module
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,6 +71,7 @@ class Reward(Protocol):
     name: str
     views: int = 1
     differentiable: bool = True  # in the images
+    text_parts: tuple[Module, ...] = ()  # that are needed only where a prompt is new: they may wait on the CPU
 
     def __call__(self, images: Float[Tensor, "B 3 H W"], prompts: list[str]) -> Float[Tensor, " S"]: ...
 

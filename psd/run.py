@@ -31,7 +31,7 @@ from psd.models.hub import OWNER, Access
 from psd.models.needs import fetch_models
 from psd.models.priors import load_fast_decoder, load_prior
 from psd.models.priors.table import decoder_of
-from psd.models.rewards import load_reward
+from psd.models.rewards import load_on_cpu, load_reward
 from psd.models.rewards.table import REWARDS, held_out_rewards, is_mixture, reward_terms
 from psd.record import Record
 from psd.safety import check_request
@@ -148,7 +148,11 @@ class Clock:
 def load(config: RunConfig, device: str) -> tuple[Models, dict[str, Reward]]:
     """What the run needs, and the rewards that its results are scored by. Raises RequestError."""
     prior = load_prior(config.prior, device)
-    rewards = load_rewards(config.reward, device, prior.views if MODES[config.mode].multi_view else 1)
+    views = prior.views if MODES[config.mode].multi_view else 1
+    rewards = load_rewards(config.reward, device, views, config.offload)
+    for model in (prior, rewards[config.reward]):
+        for part in getattr(model, "text_parts", ()):  # a prior need not have any
+            part.to("cpu" if config.offload else device)
     decoder = decoder_of(config.prior, config.fast_decoder)
     decode = load_fast_decoder(decoder, device) if decoder else prior.decode
     return Models(prior, rewards[config.reward], decode), rewards
@@ -169,10 +173,11 @@ def arms_with(config: RunConfig, reward: Reward) -> dict[str, RunConfig]:
     return arms if reward.differentiable else {name: replace(arm, negative_lr=0.0) for name, arm in arms.items()}
 
 
-def load_rewards(target: str, device: str, views: int = 1) -> dict[str, Reward]:
+def load_rewards(target: str, device: str, views: int = 1, offload: bool = False) -> dict[str, Reward]:
     """The target, its members one by one where it is a mixture, and the held-out judges. Raises RequestError.
 
-    `views` is how many of one object the run draws at once.
+    `views` is how many of one object the run draws at once. With `offload` the judges are on the CPU, and score
+    there.
 
     A published judge that is damaged or finds no room on the device is left out: nobody asked for it. One of the app's
     own is a fault.
@@ -181,7 +186,7 @@ def load_rewards(target: str, device: str, views: int = 1) -> dict[str, Reward]:
     rewards = {target: load_reward(target, device)} | {name: load_reward(name, device) for name in members}
     for name in held_out_rewards(target, views):
         try:
-            rewards[name] = load_reward(name, device)
+            rewards[name] = load_on_cpu(name) if offload else load_reward(name, device)
         except Exception as error:
             if REWARDS[name].embedded or not (isinstance(error, RequestError) or is_out_of_memory(error)):
                 raise

@@ -142,6 +142,7 @@ def test_every_flag_reaches_its_field(name: str, run: Callable[..., int], runs: 
         "view_prompts": True,
         "inversion_shift": True,
         "fast_decoder": True,
+        "offload": True,
         "mode": "3d",
         "method": "negative",
     }

@@ -262,6 +262,17 @@ def test_published_models_need_what_their_table_says():
     assert estimate.memory_gb(changed(config, image_size=1024)) > estimate.memory_gb(config)
 
 
+def test_a_small_gpu_is_enough_where_less_is_kept_on_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(estimate.torch.cuda, "is_available", lambda: True)
+    config = RunConfig.from_preset("sd15-paper", prompt=PROMPT)
+    learns, offloaded = changed(config, negative_lr=1e-3), dict(offload=True)
+    needs = [changed(learns), config, changed(learns, fast_decoder=True)]
+    assert [estimate.memory_gb(each) for each in needs] == [12.0, 8.0, 9.5]
+    assert [estimate.memory_gb(changed(each, **offloaded)) for each in needs] == pytest.approx([10.4, 6.4, 7.9])
+    thing = RunConfig.from_preset("mvdream-fast", prompt=PROMPT)
+    assert 9.5 <= estimate.memory_gb(changed(thing, **offloaded)) <= 12
+
+
 def test_memory_is_asked_of_machine_and_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(estimate, "CGROUP", tmp_path)
     assert estimate.container_gb() == math.inf

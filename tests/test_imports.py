@@ -32,7 +32,7 @@ LAYERS = [
     {"app"},
 ]
 # And inside psd.models.
-WING = [{"hub"}, {"weights"}, {"priors", "rewards"}, {"needs", "checker"}]
+WING = [{"hub"}, {"weights", "parts"}, {"priors", "rewards"}, {"needs", "checker"}]
 LATE = {"torch", "gradio", "diffusers", "transformers"}
 
 

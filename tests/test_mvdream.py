@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from psd.errors import RequestError
 from psd.guidance import cfg
 from psd.models.hub import Source
+from psd.models.parts import InParts
 from psd.models.priors import mvdream as mv
 from psd.models.priors.ldm import is_multi_view
 from psd.models.priors.mvdream import (
@@ -281,7 +282,7 @@ def test_rows_beyond_memory_go_in_whole_groups(prior, monkeypatch):
     with torch.no_grad():
         whole = prior.eps(x_t, 500, cond, cameras)
         small = SmallMemory(prior.unet, 6)
-        monkeypatch.setattr(prior, "rows_at_once", prior.rows_at_once)
+        monkeypatch.setattr(prior, "in_parts", InParts())
         monkeypatch.setattr(prior.unet, "forward", small)
         torch.testing.assert_close(prior.eps(x_t, 500, cond, cameras), whole, atol=1e-5, rtol=1e-5)
         assert small.seen == [12, 4, 4, 4]

@@ -221,3 +221,22 @@ def test_a_vae_sees_only_so_many_pixels_at_once(load: Load, monkeypatch: pytest.
     monkeypatch.setattr(stable_diffusion, "PIXELS_AT_ONCE", 1)  # less than one image: one by one
     pass_through()
     assert rows == [1] * 10
+
+
+def test_a_vae_takes_fewer_images_where_memory_runs_out(load: Load):
+    prior, rows = load(torch.float32), []
+
+    def small_memory(module: torch.nn.Module, inputs: tuple) -> None:
+        rows.append(len(inputs[0]))
+        if rows[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    images = torch.rand(5, 3, prior.image_size, prior.image_size)
+    with torch.no_grad():
+        x = prior.encode(images)
+        whole = prior.decode(x)
+        prior.vae.encoder.register_forward_pre_hook(small_memory)
+        prior.vae.decoder.register_forward_pre_hook(small_memory)
+        torch.testing.assert_close(prior.encode(images), x, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(prior.decode(x), whole, atol=1e-5, rtol=1e-5)
+    assert rows == [5, 2, 2, 1] * 2

@@ -20,6 +20,7 @@ from psd.config import PRESETS, RunConfig
 from psd.errors import RequestError
 from psd.models import priors
 from psd.models.hub import Source
+from psd.models.parts import InParts
 from psd.models.priors import load_prior, stable_diffusion
 from psd.models.priors.stable_diffusion import StableDiffusionPrior
 from psd.models.priors.table import PRIORS, PriorInfo, gpu_memory, prior_info
@@ -191,7 +192,7 @@ def test_rows_beyond_memory_go_in_parts_and_answer_the_same(folder, request, mon
     with torch.no_grad():
         whole = prior.eps(x_t, t, cond)
         small = SmallMemory(prior.unet, 2)
-        monkeypatch.setattr(prior, "rows_at_once", prior.rows_at_once)
+        monkeypatch.setattr(prior, "in_parts", InParts())
         monkeypatch.setattr(prior.unet, "forward", small)
         for tries in ([7, 3, 1] + 6 * [1], 7 * [1]):  # 3 are too many as well, and that is remembered
             small.seen.clear()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from psd.errors import RequestError
 from psd.models.hub import Source
+from psd.models.parts import InParts
 from psd.models.rewards import aesthetic, clip_scores, image_reward, load_reward, mps, table
 from psd.models.rewards.preprocess import CLIP_MEAN, CLIP_STD, bicubic, longest_side, normalise, shorter_side
 from psd.models.rewards.table import CLIP_H, REWARDS, RewardInfo
@@ -594,6 +596,36 @@ def test_attribute_classifier_gives_log_probabilities_per_group(tmp_path):
 
 
 # The table
+
+
+@pytest.mark.parametrize(
+    ("fixture", "tower"),
+    [
+        ("pickscore", "model.vision_model"), ("tiny_mps", "model.vision_model"), ("tiny_image_reward", "vision"),
+        ("tiny_aesthetic", "vision"),
+    ],
+)  # fmt: skip
+def test_images_beyond_memory_go_in_parts_and_score_the_same(fixture: str, tower: str, request, monkeypatch):
+    reward = request.getfixturevalue(fixture)
+    monkeypatch.setattr(reward, "in_parts", InParts())
+    images, prompts, seen = torch.rand(5, 3, 40, 56), ["red lamp", "blue", "red", "lamp", "blue lamp"], []
+
+    def small_memory(module: torch.nn.Module, inputs: tuple, named: dict) -> None:
+        seen.append(len((*inputs, *named.values())[0]))
+        if seen[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with torch.no_grad():
+        whole = reward(images, prompts)
+        handle = attrgetter(tower)(reward).register_forward_pre_hook(small_memory, with_kwargs=True)
+        try:
+            for tries in ([5, 2, 2, 1], [2, 2, 1]):  # the limit is remembered
+                seen.clear()
+                torch.testing.assert_close(reward(images, prompts), whole, atol=1e-5, rtol=1e-5)
+                assert seen == tries
+        finally:
+            handle.remove()
+    assert whole.std() > 0
 
 
 def test_unknown_and_missing_rewards_are_refused(monkeypatch):

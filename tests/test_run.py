@@ -107,6 +107,13 @@ def test_same_seed_same_bits(events: list, tmp_path: Path):
     assert not np.array_equal(picture(other), picture(again))
 
 
+def test_offload_changes_no_bit_on_a_cpu(events: list, tmp_path: Path):
+    again = run(replace(CONFIG, offload=True), tmp_path)
+    for name, arm in events[-1].arms.items():
+        assert np.array_equal(pixels(arm.picture), picture(again, name))
+        assert arm.scores == again.arms[name].scores
+
+
 def test_an_arm_does_not_depend_on_which_others_run_beside_it(events: list, tmp_path: Path):
     """To the last bit of its latents, on a CPU: also its place among them does not matter."""
     many = run(replace(CONFIG, arms="without, selection, paper-form, negative-only, no-negative, with"), tmp_path)

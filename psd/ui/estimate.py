@@ -25,9 +25,9 @@ from psd.budget import passes_of
 from psd.config import FIELDS, FINER_FROM, MODES, RunConfig, arms_of
 from psd.distil import distil
 from psd.errors import RequestError
-from psd.methods import Passes
+from psd.methods import Passes, learns_negative
 from psd.models.priors import load_prior
-from psd.models.priors.table import prior_info
+from psd.models.priors.table import decoder_of, prior_info
 from psd.record import KINDS, scores_of
 from psd.run import BUDGET_SHARE, MEASURED_STEPS, load
 
@@ -62,6 +62,8 @@ GPU_STEP_S = {"toybox": {"image": 0.12, "3d": 0.25}, "published": {"image": 0.4,
 # grid's table, and of a voxel grid of 48.
 TOYBOX_GB, PICTURE_GB, RENDER_GB, HASHED_GB, GRID_GB = 0.4, 0.03, 0.01, 0.17, 0.01
 PUBLISHED_GB = {"image": 12, "3d": 16}  # of a model that no table knows, both arms
+# Of that, by `make bench MODE=memory`: what `offload` leaves on the CPU; n's gradient by VAE and by small decoder.
+OFFLOADED_GB, LEARNED_GB, LEARNED_FAST_GB = 1.6, 4.0, 1.5
 
 # What a step's time depends on, besides whether n and a loss are switched on.
 KEY = ("mode", "prior", "reward", "arms", "vary", "method", "image_size", "images", "pref_interval",
@@ -274,10 +276,19 @@ def memory_gb(config: RunConfig, arms: int = 0) -> float:
     if family_of(config) == "toybox":
         picture_gb = PICTURE_GB * (config.image_size / 128) ** 2 if config.mode == "image" else 0.0
         return TOYBOX_GB + scene_gb + picture_gb * config.images * (count if torch.cuda.is_available() else 1)
-    known = prior_info(config.prior).gpu_gb or PUBLISHED_GB[config.mode]
+    known, width = prior_info(config.prior).gpu_gb or PUBLISHED_GB[config.mode], 1.5  # float32
+    if torch.cuda.is_available():
+        known, width = known - spared_gb(config), 1.0
     larger = config.images * ((config.image_size / 512) ** 2 if config.image_size else 1.0)
-    width = 1.0 if torch.cuda.is_available() else 1.5  # float32
     return width * (known * (0.6 + 0.4 * max(larger, 1.0)) + 0.5 * max(0, count - 2)) + scene_gb
+
+
+def spared_gb(config: RunConfig) -> float:
+    """What of its prior's `gpu_gb` a run does not take: less is offloaded, or learned."""
+    learned = LEARNED_FAST_GB if decoder_of(config.prior, config.fast_decoder) else LEARNED_GB
+    if config.mode == "image" and not any(map(learns_negative, arms_of(config).values())):
+        learned = 0.0
+    return LEARNED_GB - learned + OFFLOADED_GB * config.offload
 
 
 def free_gb() -> float:

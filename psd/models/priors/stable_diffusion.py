@@ -17,8 +17,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from psd.errors import is_out_of_memory, shown
+from psd.errors import shown
 from psd.models.hub import Source
+from psd.models.parts import InParts, visiting
 from psd.models.priors.fit import check_fit, read_config
 from psd.models.weights import check_vocabulary, pretrained, token_count, tokenize
 from psd.scene.rig import Frame
@@ -42,7 +43,6 @@ class StableDiffusionPrior:
     """
 
     views: int = 1  # rows of one object, which see each other
-    rows_at_once: int = 2**31  # through the UNet; less once memory has run out
 
     def __init__(
         self, name: str, licence: str, tokenizer, text_encoder, vae, unet, scheduler, lexicon: list[str],
@@ -60,6 +60,8 @@ class StableDiffusionPrior:
         self.image_size: int = size * downscale(vae)  # px
         # A tokenizer saved without a length answers 10^30.
         self.max_tokens: int = min(tokenizer.model_max_length, text_encoder.config.max_position_embeddings)
+        self.in_parts = InParts()  # through the UNet
+        self.text_parts = (text_encoder,)
         self.lexicon = sorted({part for word in lexicon for part in words(word)})
 
     @classmethod
@@ -95,7 +97,8 @@ class StableDiffusionPrior:
     def embed(self, prompts: list[str]) -> Float[Tensor, "P L D"]:
         """Last hidden states of the text encoder; prompts are padded and cut to its length. float32."""
         tokens = tokenize(self.tokenizer, prompts, self.max_tokens)
-        return self.text_encoder(tokens.input_ids.to(self.device)).last_hidden_state.float()
+        with visiting(self.device, *self.text_parts):
+            return self.text_encoder(tokens.input_ids.to(self.device)).last_hidden_state.float()
 
     def encode(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C h w"]:
         """Latents of images in [0, 1]: the posterior's mean (AutoencoderKL has one), so that it is deterministic."""
@@ -134,23 +137,6 @@ class StableDiffusionPrior:
             return predicted
         alpha_bar = self.alphas_cumprod[t_in].to(x_t.dtype).view(-1, 1, 1, 1)
         return alpha_bar.sqrt() * predicted + (1 - alpha_bar).sqrt() * x_t
-
-    def in_parts(self, network: Callable[[slice], Tensor], rows: int, group: int = 1) -> Tensor:
-        """network(rows) of all rows, in as many parts of whole groups as memory allows.
-
-        Where memory runs out it is tried with half as many rows, from then on. What keeps a gradient is not cut: the
-        graph of the parts would take the same memory.
-        """
-        while True:
-            part = min(self.rows_at_once, rows)
-            try:
-                return torch.cat([network(slice(start, start + part)) for start in range(0, rows, part)])
-            except (RuntimeError, MemoryError) as error:
-                if torch.is_grad_enabled() or part <= group or not is_out_of_memory(error):
-                    raise
-            self.rows_at_once = max(group, part // 2 // group * group)
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
 
     def remarks(self, prompt: str, label: str = "prompt") -> list[str]:
         """One sentence for each thing in a text, called `label`, that this prior will not understand."""
@@ -196,12 +182,9 @@ def downscale(vae: AutoencoderKL | AutoencoderTiny) -> int:
 def in_slices(
     network: Callable[[Tensor], Tensor], x: Float[Tensor, "B ..."], dtype: torch.dtype, pixels: int
 ) -> Float[Tensor, "B ..."]:
-    """network(x) row by row, as many rows together as PIXELS_AT_ONCE allows rows of that many `pixels`.
-
-    The rows know nothing of each other, so that this bounds memory and changes no result.
-    """
-    rows = max(1, PIXELS_AT_ONCE // pixels)
-    return torch.cat([in_dtype(dtype, network, part) for part in x.split(rows)])
+    """network(x), as many rows together as PIXELS_AT_ONCE allows rows of that many `pixels`, and memory."""
+    in_parts = InParts(max(1, PIXELS_AT_ONCE // pixels))
+    return in_parts(lambda part: in_dtype(dtype, network, x[part]), len(x))
 
 
 def in_dtype(

@@ -36,10 +36,10 @@ class DecoderInfo:
 class PriorInfo:
     """What to tell about a prior before anything is downloaded.
 
-    `gpu_gb` is an estimate from shapes, never measured: GPU memory of a run of both arms at the prior's own size that
-    learns n, ranked by hpsv2.1. In GB: the prior in float16 2.1 (SD 1.5) or 2.6, the reward in float32 3.9, CUDA 0.8;
-    for the gradient of n the UNet keeps 1.3, the VAE 2 to 3, the reward 0.5 a picture; in 3D there are four of these,
-    and render and encoder keep 3 to 5 (mvdream-fast). The rest is for torch's allocator.
+    `gpu_gb` is counted on shapes (psd/bench/memory.py), never measured: GPU memory of a run of both arms at the prior's
+    own size that learns n by its VAE, ranked by hpsv2.1. In GB: the prior in float16 2.1 (SD 1.5) or 2.6, the reward in
+    float32 3.9, CUDA 0.8; the gradient of n 4.2 (5.5 of four views; by the small decoder 1.5); in 3D renders and
+    encoder 3.9, before it (mvdream-fast). A tenth of these is for torch's allocator.
     """
 
     source: Source
@@ -107,7 +107,7 @@ PRIORS: dict[str, PriorInfo] = {
     "ashawkey/mvdream-sd2.1-diffusers": PriorInfo(
         Source("ashawkey/mvdream-sd2.1-diffusers", "503bb19fc2b2bc542c2afdb7d73ac87a7cbc2253", DIFFUSERS_FILES),
         "OpenRAIL-M", 2580, "MVDream, 4 views of 256 px: the paper's 3D prior.", views=4, model=MULTI_VIEW,
-        gpu_gb=16, fast_decoder=TAESD,
+        gpu_gb=14, fast_decoder=TAESD,
     ),
 }  # fmt: skip
 

@@ -29,6 +29,13 @@ def load_reward(text: str, device: str = "cpu") -> Reward:
     return Mixture({name: _load_model(name, device) for name in terms}, terms, device)
 
 
+def load_on_cpu(name: str) -> Reward:
+    """The reward of this name on the CPU, for images of any device. Raises RequestError."""
+    from psd.models.rewards.elsewhere import OnCPU
+
+    return OnCPU(_load_model(name, "cpu"))
+
+
 def _load_model(name: str, device: str) -> Reward:
     info = REWARDS[name]
 

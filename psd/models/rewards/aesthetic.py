@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from psd.contracts import Reward
+from psd.models.parts import InParts
 from psd.models.rewards.image_reward import linear_head
 from psd.models.rewards.preprocess import load_mean_std, normalise, shorter_side
 from psd.models.weights import pretrained
@@ -30,6 +31,7 @@ class AestheticReward(Reward):
         self.vision, self.head, self.mean, self.std = vision, head, mean, std
         self.device: torch.device = vision.device
         self.image_size: int = vision.config.image_size  # px
+        self.in_parts = InParts()
 
     @classmethod
     def load(cls, name: str, info: RewardInfo, device: str) -> AestheticReward:
@@ -42,9 +44,13 @@ class AestheticReward(Reward):
 
     def __call__(self, images: Float[Tensor, "B 3 H W"], prompts: list[str]) -> Float[Tensor, " B"]:
         """Scores of images in [0, 1]; the prompts are not read."""
-        # Rounding half to even, as torchvision's centre crop in OpenAI's preprocessing does.
-        pixels = normalise(shorter_side(images, self.image_size, offset=round), self.mean, self.std)
-        return self.score(self.vision(pixels).image_embeds)
+
+        def score(part: slice) -> Float[Tensor, " b"]:
+            # Rounding half to even, as torchvision's centre crop in OpenAI's preprocessing does.
+            pixels = normalise(shorter_side(images[part], self.image_size, offset=round), self.mean, self.std)
+            return self.score(self.vision(pixels).image_embeds)
+
+        return self.in_parts(score, len(images))
 
     def score(self, embeddings: Float[Tensor, "B D"]) -> Float[Tensor, " B"]:
         return self.head(F.normalize(embeddings, dim=-1)).squeeze(-1)

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from psd.contracts import Reward
+from psd.models.parts import InParts, visiting
 from psd.models.rewards.preprocess import load_mean_std, longest_side, normalise, shorter_side
 from psd.models.weights import check_vocabulary, from_state_dict, pretrained, tokenize
 
@@ -52,6 +53,8 @@ class CLIPReward(Reward):
         self.max_tokens: int = min(tokenizer.model_max_length, model.config.text_config.max_position_embeddings)
         self.scale: Tensor = model.logit_scale.exp()
         self.text_features = lru_cache(TEXT_CACHE)(self.encode_prompt)
+        self.text_parts = (model.text_model, model.text_projection)
+        self.in_parts = InParts()
 
     @classmethod
     def load(cls, name: str, info: RewardInfo, device: str) -> CLIPReward:
@@ -67,7 +70,8 @@ class CLIPReward(Reward):
         if len(prompts) != len(images):
             raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
         text = torch.stack([self.text_features(prompt) for prompt in prompts])
-        return self.scale * (self.image_features(self.pixels(images)) * text).sum(-1)
+        seen = self.in_parts(lambda part: self.image_features(self.pixels(images[part])), len(images))
+        return self.scale * (seen * text).sum(-1)
 
     def pixels(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 s s"]:
         return normalise(shorter_side(images, self.image_size), self.mean, self.std)
@@ -78,7 +82,7 @@ class CLIPReward(Reward):
     def encode_prompt(self, prompt: str) -> Float[Tensor, " D"]:
         tokens = tokenize(self.tokenizer, [prompt], self.max_tokens)
         # Kept for later calls: must serve in autograd even if this call comes from inference mode.
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), visiting(self.device, *self.text_parts):
             return self.encode_tokens(tokens.input_ids.to(self.device))[0]
 
     def encode_tokens(self, input_ids: Int[Tensor, "P L"]) -> Float[Tensor, "P D"]:

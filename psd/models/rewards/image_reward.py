@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from psd.contracts import Reward
 from psd.models.hub import Source
+from psd.models.parts import InParts
 from psd.models.rewards.preprocess import load_mean_std, normalise, shorter_side
 from psd.models.weights import check_vocabulary, from_state_dict, pretrained, tokenize
 
@@ -48,6 +49,7 @@ class ImageRewardModel(Reward):
         self.pixel_mean, self.pixel_std = pixel_mean, pixel_std
         self.device: torch.device = vision.device
         self.image_size: int = vision.config.image_size  # px
+        self.in_parts = InParts()
 
     @classmethod
     def load(cls, name: str, info: RewardInfo, device: str) -> ImageRewardModel:
@@ -70,9 +72,14 @@ class ImageRewardModel(Reward):
         if len(prompts) != len(images):
             raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
         tokens = tokenize(self.tokenizer, prompts, self.max_tokens).to(self.device)
-        # Rounding half to even, as torchvision's centre crop does.
-        pixels = normalise(shorter_side(images, self.image_size, offset=round), self.pixel_mean, self.pixel_std)
-        return self.score(pixels, tokens.input_ids, tokens.attention_mask)
+
+        def score(part: slice) -> Float[Tensor, " b"]:
+            # Rounding half to even, as torchvision's centre crop does.
+            shown = shorter_side(images[part], self.image_size, offset=round)
+            pixels = normalise(shown, self.pixel_mean, self.pixel_std)
+            return self.score(pixels, tokens.input_ids[part], tokens.attention_mask[part])
+
+        return self.in_parts(score, len(images))
 
     def score(
         self, pixels: Float[Tensor, "B 3 s s"], input_ids: Int[Tensor, "B L"], attention_mask: Int[Tensor, "B L"]

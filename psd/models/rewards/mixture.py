@@ -38,6 +38,7 @@ class Mixture(Reward):
         self.views = max(reward.views for reward in self.members.values())
         self.differentiable = all(reward.differentiable for reward in self.members.values())
         self.weights: Float[Tensor, "K 1"] = torch.tensor([[weights[name]] for name in self.members], device=device)
+        self.text_parts = tuple(part for reward in self.members.values() for part in reward.text_parts)
         self.ranked = 0  # calls of `rank` that had something to compare
         self._variance = torch.zeros_like(self.weights)
         self._start = torch.zeros_like(self.weights)

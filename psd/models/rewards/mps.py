@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from psd.models.parts import visiting
 from psd.models.rewards.clip_scores import VIT_H_14, CLIPReward
 from psd.models.rewards.preprocess import load_mean_std
 from psd.models.weights import from_state_dict, tokenize
@@ -55,7 +56,8 @@ class MPSReward(CLIPReward):
         if len(prompts) != len(images):
             raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
         text = [torch.stack(part) for part in zip(*map(self.text_features, prompts), strict=True)]
-        return self.score(self.pixels(images), *text)
+        score = lambda rows: self.score(self.pixels(images[rows]), *(part[rows] for part in text))  # noqa: E731
+        return self.in_parts(score, len(images))
 
     def score(
         self,
@@ -73,7 +75,7 @@ class MPSReward(CLIPReward):
         """What `score` takes of one prompt."""
         ids = tokenize(self.tokenizer, [prompt, CONDITION], self.max_tokens).input_ids.to(self.device)
         # Kept for later calls: must serve in autograd even if this call comes from inference mode.
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), visiting(self.device, *self.text_parts):
             text, tokens, relevant = self.encode_ids(ids[:1], ids[1:])
         return text[0], tokens[0], relevant[0]
 
