@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from psd.bench import __main__ as bench_main
-from psd.bench import gpu, image, paired, scene, transfer
+from psd.bench import gpu, growth, image, memory, paired, scene, transfer
 from psd.config import RunConfig
 from psd.events import Preview
 from psd.run import generate
@@ -320,3 +320,103 @@ def test_a_short_column_says_how_far_and_how_surely_in_a_word():
     *_, first, second = paired.table(found, {"x": paired.Column("x", 2, short=True)}, {}).splitlines()
     assert first == f"| plain | {plain.mean():.2f} |" and second.endswith("<br>+1.00 sd ** |")
     assert paired.short_change(plain, plain) == "+0.00 sd"
+
+
+def test_the_exponent_is_that_of_the_part_that_grows():
+    for sizes in ((1, 2, 4, 8), (48, 80, 112, 160)):
+        for power in (1, 2, 3):
+            costs = [3 * sizes[0] ** power + 0.5 * size**power for size in sizes]
+            assert growth.exponent(sizes, costs) == pytest.approx(power, abs=0.011)
+            assert growth.exponent(sizes, [2.0 * size**power for size in sizes]) == pytest.approx(power, abs=0.011)
+    assert growth.exponent((1, 2, 4, 8), [5, 5.1, 4.9, 5.05]) == 0.0
+    assert growth.exponent((1, 2, 4, 8), [0.1, 0.3, 1.0, 4.0], least=5.0) == 0.0
+
+
+@pytest.mark.parametrize(("power", "verdict"), [(1, "yes"), (2, "NO")])
+def test_what_grows_faster_than_its_work_is_told(monkeypatch, power: int, verdict: str):
+    """By a clock that only the work moves, in turns."""
+    now, done = [0.0], []
+
+    def prepare(config: RunConfig, models: object, size: int):
+        return lambda: (done.append(size), now.__setitem__(0, now[0] + 0.1 + 0.01 * size**power))
+
+    monkeypatch.setattr(growth, "time", SimpleNamespace(process_time=lambda: now[0]))
+    monkeypatch.setattr(growth, "load", lambda config, device: (None, {}))
+    row = growth.Row("squares", (1, 2, 4, 8), 1, "image", prepare)
+    found = growth.measured(row, "cpu", rounds=2)
+    assert found.seconds == pytest.approx([0.1 + 0.01 * size**power for size in row.sizes])
+    assert done == [1, *row.sizes, *row.sizes, *row.sizes]
+    cells = [cell.strip() for cell in growth.told(row, found).strip("|").split("|")]
+    assert cells[0] == "squares" and float(cells[4]) == pytest.approx(power, abs=0.011) and cells[-1] == verdict
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux, which tells a process its peak")
+def test_the_peak_is_what_was_held_since_it_was_forgotten():
+    growth.forget_peak()
+    before = growth.peak_mb()
+    held = torch.ones(50_000_000)  # 200 MB
+    del held
+    assert growth.peak_mb() - before == pytest.approx(200, abs=20)
+    growth.forget_peak()
+    assert growth.peak_mb() < before + 20
+
+
+LEAST = {
+    "steps": (2, 3), "arms": (1, 2), "images": (1, 2), "samples": (8, 16), "render_size": (16, 24),
+    "grid_size": (16, 24), "mesh_faces": (500, 1000),
+}  # fmt: skip
+
+
+def test_every_row_of_the_growth_bench_runs(monkeypatch):
+    """Small, and each in more time than nothing; the first through the report, in a process of its own."""
+    monkeypatch.setattr(growth, "STEPS", {"image": 1, "3d": 1})
+    rows = [each._replace(sizes=LEAST[each.quantity]) for each in growth.ROWS]
+    for each in rows[1:]:
+        found = growth.measured(each, "cpu", rounds=1)
+        assert len(found.seconds) == 2 and min(found.seconds) > 0
+    *_, titles, _, line = growth.report("cpu", 1, rows[:1])
+    cells = dict(zip(titles.strip("| ").split(" | "), line.strip("| ").split(" | "), strict=True))
+    assert (cells["quantity"], cells["sizes"], cells["of its work"]) == ("steps", "2, 3", "1")
+    assert cells["no faster than its work"] in ("yes", "NO")
+
+
+def test_the_bytes_that_are_made_and_let_go_are_counted():
+    given = torch.ones(1000)
+
+    def work() -> torch.Tensor:
+        x = (given * 2 + 1).view(10, 100)  # two of 4,000 bytes, one of them let go of; a view is none
+        return x + x
+
+    assert memory.peak_gb(work) == pytest.approx(8e-6)
+    assert memory.peak_gb(lambda: given.view(10, 100) + 1) == pytest.approx(8e-6)
+    assert memory.peak_gb(lambda: given.view(10, 100) + 1, [given]) == pytest.approx(4e-6)
+    kept = lambda x: memory.gradient(lambda y: y.exp().exp(), x)  # noqa: E731
+    assert memory.peak_gb(lambda: kept(given), [given]) > memory.peak_gb(lambda: given.exp().exp(), [given])
+
+
+def test_attention_is_counted_without_its_matrix():
+    q = torch.empty(1, 2, 1024, 8, device="meta", dtype=torch.float16)
+    attend = torch.nn.functional.scaled_dot_product_attention
+    assert memory.peak_gb(lambda: attend(q, q, q), [q]) < 2 * 1024 * 1024 * 2 / 1e9
+
+
+def test_the_weights_are_those_of_the_published_files():
+    models = gpu.Models(gpu.random_prior("image", "meta", tiny=False), gpu.random_reward("meta", tiny=False), None)
+    expected = {
+        "UNet": 2 * 859_520_964, "VAE": 2 * 83_653_863, "text encoder": 2 * 123_060_480,
+        "reward's image tower": 4 * 632_076_800, "reward's text tower": 4 * (986_109_441 - 632_076_800 - 1),
+    }  # fmt: skip
+    assert memory.weights_gb(models) == pytest.approx({name: size / 1e9 for name, size in expected.items()})
+
+
+def test_the_memory_bench_says_what_fits(monkeypatch):
+    titles, _, *lines = memory.report(tiny=True)
+    assert len(lines) == len(memory.CASES)
+    for line, title in zip(lines, memory.CASES, strict=True):
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert cells[0] == title and len(cells) == titles.count("|") - 1
+        assert float(cells[3]) >= float(cells[4]) >= memory.CUDA_GB and cells[5].endswith("GB: yes")
+    monkeypatch.setattr(memory, "CUDA_GB", 8.0)
+    monkeypatch.setattr(memory, "CASES", dict(list(memory.CASES.items())[:1]))
+    *_, line = memory.report(tiny=True)
+    assert line.endswith("| 8 GB: no |")

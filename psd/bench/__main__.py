@@ -3,7 +3,8 @@
 `python -m psd.bench transfer`: what a learned n does to samples that nobody optimises.
 `python -m psd.bench methods` and `methods-3d`: the field's other methods beside it.
 `python -m psd.bench speed`: what a step takes beside its networks.
-`python -m psd.bench gpu`: speed and memory of the published architectures.
+`python -m psd.bench growth`: how time and memory grow with a run's sizes.
+`python -m psd.bench gpu`: speed and memory of the published architectures; `memory` counts the latter without a GPU.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from psd.bench import gpu, image, methods, scene, speed, transfer
+from psd.bench import gpu, growth, image, memory, methods, scene, speed, transfer
 from psd.bench.paired import contact_sheet, measure, run_batch, table
 from psd.config import FIELDS, RunConfig
 from psd.toybox import world
@@ -36,8 +37,21 @@ def main() -> None:
     add_gpu_flags(modes.add_parser("gpu", parents=[device], help=gpu.__doc__.splitlines()[0]))
     of_speed = modes.add_parser("speed", parents=[device], help=speed.__doc__.splitlines()[0])
     of_speed.add_argument("--modes", nargs="+", choices=list(speed.PRESETS), default=list(speed.PRESETS))
+    of_growth = modes.add_parser("growth", parents=[device], help=growth.__doc__.splitlines()[0])
+    of_growth.add_argument("--rounds", type=int, default=growth.ROUNDS, help="of which the medians count")
+    modes.add_parser("memory", help=memory.__doc__.splitlines()[0])
+    quantities = [each.quantity for each in growth.ROWS]
+    of_growth.add_argument("--rows", nargs="+", choices=quantities, default=quantities)
     args = parser.parse_args()
-    if args.mode == "speed":
+    if args.mode == "growth":
+        for line in growth.report(
+            args.device, args.rounds, [each for each in growth.ROWS if each.quantity in args.rows]
+        ):
+            print(line, flush=True)
+    elif args.mode == "memory":
+        for line in memory.report():
+            print(line, flush=True)
+    elif args.mode == "speed":
         for line in speed.report(args.device, args.modes):
             print(line, flush=True)
     elif args.mode == "gpu":
