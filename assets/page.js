@@ -101,7 +101,22 @@ window.psd = {
                 if (Date.now() > until) timer = clearInterval(timer);
             }, 80);
         };
-        for (const type of ['pointermove', 'wheel']) addEventListener(type, turned, {capture: true, passive: true});
+        for (const type of ['pointermove', 'wheel', 'keydown']) addEventListener(type, turned, {capture: true, passive: true});
+    },
+
+    // Both viewers of meshes, with what belongs to them, on the whole screen and back.
+    compare() {
+        if (document.fullscreenElement) document.exitFullscreen();
+        else document.querySelector('#object').requestFullscreen();
+    },
+
+    // Gradio's slider of pictures knows the pointer alone: an arrow key drags its handle by a twentieth of the width.
+    slide(handle, key) {
+        const line = handle.getBoundingClientRect(), direction = key === 'ArrowLeft' ? -1 : 1;
+        const about = x => ({view: window, bubbles: true, cancelable: true, clientX: x, clientY: line.y + line.height / 2});
+        const x = line.x + line.width / 2, to = x + direction * handle.parentElement.clientWidth / 20;
+        handle.dispatchEvent(new MouseEvent('mousedown', about(x)));
+        for (const type of ['mousemove', 'mouseup']) window.dispatchEvent(new MouseEvent(type, about(to)));
     },
 
     // What the reward saw (strip.py) at a moment of the run.
@@ -152,9 +167,20 @@ new MutationObserver(() => {
     if (document.title !== now) document.title = now;
     // The viewers of meshes would come before everything else when one tabs through the page.
     for (const canvas of document.querySelectorAll('canvas[tabindex="1"]')) canvas.tabIndex = 0;
+    for (const handle of document.querySelectorAll('#slider .outer:not([tabindex])')) {
+        [handle.tabIndex, handle.role] = [0, 'button'];
+        handle.ariaLabel = 'Line between the two pictures: left and right arrow move it';
+    }
 }).observe(document, {subtree: true, childList: true});
 
+addEventListener('keydown', event => {
+    if (!event.target.matches?.('#slider .outer') || !/^Arrow(Left|Right)$/.test(event.key)) return;
+    event.preventDefault();
+    psd.slide(event.target, event.key);
+});
+
 addEventListener('click', ({target}) => {
+    if (target.id === 'compare') psd.compare();
     if (target.closest?.('.psd-pair .scrubber button')) psd.play(target.closest('.psd-pair'));
 });
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,9 @@ from psd.models.rewards.table import EXAMPLE, REWARDS
 from psd.modes.pictures import TURNTABLE_FRAMES
 from psd.ui.examples import Example
 from psd.ui.form import GROUPS, NAMES, START, control, download_box, model_note
-from psd.ui.show import MODELS, MORE, OUTPUTS, SIDES, opening
+from psd.ui.show import COMPARE, LOOKS, MODELS, MORE, OUTPUTS, SIDES, opening
 
+FRAME_PX = 380  # of the picture, at most, so that scores and plots are in view with it (style.css: --psd-frame)
 COPIES = {"link": "Link", "python": "Python", "curl": "curl", "shell": "Command line"}  # page.js writes each
 HELP = {
     "preset": "Settings to start from.",
@@ -31,7 +32,7 @@ class Page:
     controls: dict[str, Any]  # of every field of RunConfig, in the order of form.NAMES
     form: dict[str, Any]  # the other components that are pressed or told beside the form
     outputs: dict[str, Any]  # what a run changes, in the order of show.OUTPUTS
-    models: dict[str, Any]  # show.MODELS: set by an event of their own
+    models: dict[str, Any]  # show.MODELS, set by an event of their own, and their look
     galleries: dict[str, Any]  # the visitor's runs and the examples
     shown: list[Example]
     prompts: list[dict[str, Any]]
@@ -153,42 +154,13 @@ def build_results(first: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
     outputs["status"] = html(**first.get("status", {}), elem_id="status")
     with gr.Row(equal_height=False, elem_id="outcome"):
         with gr.Column(elem_id="shown", min_width=0):
-            outputs["preview"] = gr.Image(
-                label="Preview", interactive=False, buttons=["fullscreen"], elem_id="preview", elem_classes="picture",
-                visible="slider" not in first,
-            )  # fmt: skip
-            outputs["slider"] = gr.ImageSlider(
-                interactive=False, buttons=["fullscreen"], elem_id="slider", elem_classes="picture", max_height=560,
-                **opened("slider"),
-            )  # fmt: skip
-            outputs["angle"] = gr.Slider(
-                0, 360, 0, step=360 / TURNTABLE_FRAMES, label="Both from the same angle (degrees)", visible=False,
-                elem_id="angle",
-            )  # fmt: skip
-            outputs["single"] = gr.Image(
-                interactive=False, visible=False, buttons=["fullscreen"], elem_id="single", elem_classes="picture"
-            )
-            models = {}
-            with (
-                gr.Group(visible=False, elem_id="object") as outputs["object"],
-                gr.Row(elem_classes="pair", elem_id="models"),
-            ):
-                for name in MODELS:
-                    models[name] = gr.Model3D(
-                        interactive=False, height=280, clear_color=(0.86, 0.88, 0.90, 1.0), min_width=140, elem_id=name
-                    )
-            with gr.Row(visible=False, elem_classes="pair", elem_id="chooser") as outputs["chooser"]:
-                for side in SIDES:
-                    outputs[side] = gr.Dropdown([], label=f"On the {side}", elem_id=side, filterable=False, min_width=0)
-            with gr.Row(elem_classes="pair"):
-                for side in SIDES:
-                    outputs[f"{side}_video"] = gr.Video(
-                        autoplay=True, loop=True, interactive=False, buttons=[], min_width=140, height=240,
-                        elem_id=f"{side}_video", **opened(f"{side}_video"),
-                    )  # fmt: skip
+            build_frame(outputs, opened)
+            outputs["object"], models = build_viewers()
         with gr.Column(elem_id="why", min_width=0):
             outputs["scores"] = html(**first.get("scores", {}), elem_id="scores")
             outputs["charts"] = html(**first.get("charts", {}), elem_id="charts")
+        with gr.Column(elem_id="besides", min_width=0):
+            build_besides(outputs, opened)
     outputs["gallery"] = html(elem_id="gallery")
     outputs["strips"] = html(**first.get("strips", {}), elem_id="strips")
     outputs["more"] = gr.Button(MORE, size="sm", elem_id="more", visible=False)
@@ -196,6 +168,52 @@ def build_results(first: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
     outputs["directory"] = gr.State(None)
     outputs["looked_at"] = gr.State(())  # the run's folder and the arms under the slider
     return {name: outputs[name] for name in OUTPUTS}, models
+
+
+def build_frame(outputs: dict[str, Any], opened: Callable[[str], dict[str, Any]]) -> None:
+    """One place for the picture: the preview, then two arms under a slider, or one alone."""
+    common = dict(interactive=False, buttons=["fullscreen"], elem_classes="picture")
+    outputs["preview"] = gr.Image(
+        label="Preview", elem_id="preview", visible=not opened("slider")["visible"], **common
+    )  # fmt: skip
+    outputs["slider"] = gr.ImageSlider(elem_id="slider", max_height=FRAME_PX, **common, **opened("slider"))
+    outputs["single"] = gr.Image(elem_id="single", visible=False, **common)
+
+
+def build_viewers() -> tuple[gr.Group, dict[str, Any]]:
+    """Two meshes side by side, and how they look; page.js fills the screen with them: (what holds both, its parts)."""
+    models: dict[str, Any] = {}
+    with gr.Group(visible=False, elem_id="object") as both:
+        with gr.Row(elem_classes="pair", elem_id="looks"):
+            models["look"] = gr.Radio(
+                [(label, look) for look, label in LOOKS.items()], value=next(iter(LOOKS)), label="Shown as",
+                show_label=False, container=False, elem_id="look", min_width=0,
+            )  # fmt: skip
+            html(f"<button type='button' id='compare'>{COMPARE}</button>", min_width=0)
+        with gr.Row(elem_classes="pair", elem_id="models"):
+            for name in MODELS:
+                models[name] = gr.Model3D(
+                    interactive=False, height=236, clear_color=(0.86, 0.88, 0.90, 1.0), min_width=140, elem_id=name
+                )
+    return both, models
+
+
+def build_besides(outputs: dict[str, Any], opened: Callable[[str], dict[str, Any]]) -> None:
+    """Which arms and from where, the turntables, normals and depth."""
+    with gr.Row(visible=False, elem_classes="pair", elem_id="chooser") as outputs["chooser"]:
+        for side in SIDES:
+            outputs[side] = gr.Dropdown([], label=f"On the {side}", elem_id=side, filterable=False, min_width=0)
+    outputs["angle"] = gr.Slider(
+        0, 360, 0, step=360 / TURNTABLE_FRAMES, label="Both from the same angle (degrees)", visible=False,
+        elem_id="angle",
+    )  # fmt: skip
+    with gr.Row(elem_classes="pair"):
+        for side in SIDES:
+            outputs[f"{side}_video"] = gr.Video(
+                autoplay=True, loop=True, interactive=False, buttons=[], min_width=140, height=240,
+                elem_id=f"{side}_video", **opened(f"{side}_video"),
+            )  # fmt: skip
+    outputs["views"] = html(elem_id="views")
 
 
 def build_galleries(shown: list[Example]) -> dict[str, Any]:

@@ -41,13 +41,15 @@ TABLES = {"preset": PRESETS, "prior": PRIORS, "reward": REWARDS, "method": METHO
 TARGET_TAG = '<span class="psd-tag target">target</span>'
 MEMBER_TAG = '<span class="psd-tag target">part of the target</span>'
 READ_REWARD = "Higher is better: how well the picture would do if it were finished now."
-READ_TERMS = "How far each pulls at a step: to what is likely, to what the prompt says, to what is liked."
+READ_TERMS = "How far each pulls at a step: to the likely, to the prompt, to the liked."
 BASELINE = "without"  # changes are told against this arm where it ran, else against the last one
 FILES = {
     "picture": "PNG", **{kind: f"PNG {kind.removeprefix('picture_')}" for kind in PICTURES[1:]},
     "negative": "Learned n", "pairs": "What the reward saw", "glb": "GLB", "ply": "PLY", "obj": "OBJ",
     "turntable": "MP4", "views": "Views",
 }  # fmt: skip
+SO_FAR = "Scores so far"
+VIEWS = "Colours, depth and normals from four sides"
 HELD_OUT_TAG = '<span class="psd-tag">held-out judge</span>'
 
 
@@ -118,9 +120,7 @@ def seconds(value: float) -> str:
 
 
 def charts(rows: Sequence[Mapping[str, float]], last_step: int, reward: str, arms: Sequence[str]) -> str:
-    """The reward of every arm, and the norms of the first one's three terms; empty before the first step."""
-    if not rows:
-        return ""
+    """The reward of every arm, and the norms of the first one's three terms; axes alone before the first step."""
     steps = [int(row["step"]) for row in rows]
 
     def series(name: str, key: str, text: str) -> Series:
@@ -215,7 +215,28 @@ def downloads(result: Result) -> str:
     return f"<div class='psd-files' role='group' aria-label='Downloads'>{''.join(menus)}{whole}</div>" if menus else ""
 
 
-def score_table(scores: Mapping[str, Mapping[str, float]], target: str) -> str:
+def scores_so_far(rows: Sequence[Mapping[str, float]], config: RunConfig) -> str:
+    """The target reward of every arm at the last step that read it; the judges' come with the results."""
+    arms = arm_names(config.arms)
+    last = {
+        arm: next((v for row in reversed(rows) if math.isfinite(v := row.get(f"reward_{arm}", math.nan))), math.nan)
+        for arm in arms
+    }
+    return score_table({arm: {config.reward: value} for arm, value in last.items()}, config.reward, SO_FAR)
+
+
+def view_sheets(arms: Mapping[str, ArmResult]) -> str:
+    """The sheets of four views with depth and normals, folded away; empty where there are none."""
+    sheets = "".join(
+        f"<figure><img src='{file_url(arm.files['views'])}' alt='{escape(f'{VIEWS}, {arm_label(name)}', quote=True)}' "
+        f"width='768' height='576' loading='lazy'><figcaption class='psd-key'>{key(name)}</figcaption></figure>"
+        for name, arm in arms.items()
+        if "views" in arm.files
+    )
+    return f"<details class='psd-views'><summary>{VIEWS}</summary><div>{sheets}</div></details>" if sheets else ""
+
+
+def score_table(scores: Mapping[str, Mapping[str, float]], target: str, what: str = "Scores of the results") -> str:
     """One row a reward: every arm, its change against the baseline, and what the number may be believed for."""
     if not any(scores.values()):
         return ""
@@ -235,9 +256,9 @@ def score_table(scores: Mapping[str, Mapping[str, float]], target: str) -> str:
             cells += "</td>" if arm == baseline else f"{change(value - scores[baseline].get(name, math.nan))}</td>"
         tag = TARGET_TAG if name == target else MEMBER_TAG if name in members else HELD_OUT_TAG
         body += f"<tr><th scope='row'>{escape(name)} {tag}</th>{cells}</tr>"
-    against = f"; below each its change against “{escape(arm_label(baseline))}”" if len(scores) > 1 else ""
+    against = f"; small: change against “{escape(arm_label(baseline))}”" if len(scores) > 1 else ""
     return (
-        f"<p class='psd-caption' id='scores_caption'>Scores of the results, higher is better{against}</p>"
+        f"<p class='psd-caption' id='scores_caption'>{what}, higher is better{against}</p>"
         "<div class='psd-wide' tabindex='0' role='region' aria-labelledby='scores_caption'>"
         "<table class='psd-scores' aria-labelledby='scores_caption'>"
         f"<thead><tr><th scope='col'>reward</th>{head}</tr></thead><tbody>{body}</tbody></table></div>"

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT = 340, 150  # user units of the viewBox, close to the drawn pixels so that text keeps its size
-LEFT, RIGHT, TOP, BOTTOM = 36, 8, 8, 32
+WIDTH, HEIGHT = 380, 126  # user units of the viewBox, close to the drawn pixels so that text keeps its size
+LEFT, RIGHT, TOP, BOTTOM = 36, 8, 8, 18
 MAX_POINTS = 240
 
 
@@ -29,7 +29,7 @@ def line_chart(title: str, steps: Sequence[int], series: Sequence[Series], last_
 
     reading: one line that says how to read it.
     """
-    shown = [line for line in series if any(math.isfinite(value) for value in line.values)]
+    shown = [line for line in series if any(map(math.isfinite, line.values))]
     values = [value for line in shown for value in line.values if math.isfinite(value)]
     ticks = nice_ticks(min(values), max(values)) if values else [0.0, 0.5, 1.0]
     low, high = ticks[0], ticks[-1]
@@ -50,8 +50,9 @@ def line_chart(title: str, steps: Sequence[int], series: Sequence[Series], last_
         parts.append(
             f'<text class="tick" x="{x(tick):.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{tick}</text>'
         )
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(f'<text class="axis" x="{middle}" y="{HEIGHT - 3}" text-anchor="middle">step</text>')
+    # Between the first two numbers, so that it costs no line of its own.
+    between = (x(x_low) + x(x_low + round(0.25 * (x_high - x_low)))) / 2
+    parts.append(f'<text class="axis" x="{between:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">step</text>')
     stride = max(1, math.ceil(len(steps) / MAX_POINTS))
     for line in shown:
         kind = escape(f"s-{line.name}", quote=True)
@@ -61,7 +62,7 @@ def line_chart(title: str, steps: Sequence[int], series: Sequence[Series], last_
 
     legend = "".join(
         f'<li><i class="s-{escape(line.name, quote=True)}"></i>{escape(line.label)} <b>{_last(line.values)}</b></li>'
-        for line in shown
+        for line in (shown if steps else series)
     )
     spoken = escape(f"{title}: " + ", ".join(f"{line.label} {_last(line.values)}" for line in shown), quote=True)
     return (

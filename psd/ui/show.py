@@ -25,10 +25,12 @@ SIDES = ("left", "right")  # of the slider, the viewers and the turntables: two 
 MODELS = ("left_model", "right_model")
 # What a run changes, in the order of every update below.
 OUTPUTS = ("status", "preview", "gallery", "chooser", "left", "right", "slider", "angle", "single", "object",
-           "left_video", "right_video", "scores", "files", "charts", "strips", "more", "directory",
+           "left_video", "right_video", "views", "scores", "files", "charts", "strips", "more", "directory",
            "looked_at")  # fmt: skip
 HIDDEN = {"visible": False}
 MORE = "Four more like this"
+LOOKS = {"solid": "Surface", "wireframe": "Wireframe"}  # of both meshes, by gradio's names
+COMPARE = "Both in full screen"
 OPENING = ("slider", "left_video", "right_video")
 IDLE = "Ready. Enter a prompt and press Run."
 
@@ -68,12 +70,15 @@ def opening(shown: Sequence[Example]) -> dict[str, dict[str, Any]]:
 
 def show_cleared(config: RunConfig) -> list[Any]:
     """The page before a run."""
-    hidden = {name: gr.update(**HIDDEN) for name in ("chooser", "slider", "angle", "single", "object", "more")}
+    hidden = {name: gr.update(**HIDDEN) for name in ("chooser", "slider", "angle", "single", "more")}
     hidden |= {f"{side}_video": gr.update(value=None, **HIDDEN) for side in SIDES}
     label = "Preview: " + " | ".join(map(arm_label, arms_of(config)))
     return updates(
         status=parts.status("Waiting for the device…"), preview=gr.update(value=None, visible=True, label=label),
-        gallery="", scores="", files="", charts="", strips="", directory=None, looked_at=(), **hidden,
+        gallery="", files="", strips="", views="", directory=None, looked_at=(), **hidden,
+        # What comes has its place from the start, so that nothing moves when it comes.
+        object=gr.update(visible=config.mode == "3d"), scores=parts.scores_so_far((), config),
+        charts=parts.charts((), config.steps, config.reward, list(arms_of(config))),
     )  # fmt: skip
 
 
@@ -85,6 +90,7 @@ def show(view: View) -> list[Any]:
     return updates(
         status=parts.run_status(view),
         preview=str(view.preview) if view.preview else gr.skip(),
+        scores=parts.scores_so_far(view.rows, config),
         charts=parts.charts(view.rows, config.steps, config.reward, list(arms_of(config))),
         directory=str(view.directory) if view.directory else gr.skip(),
     )
@@ -130,7 +136,7 @@ def show_end(result: Result, warnings: tuple[str, ...] = ()) -> list[Any]:
         object=gr.update(visible=any(arm.files.keys() & {"glb", "turntable"} for arm in result.arms.values())),
         scores=parts.score_table({name: arm.scores for name, arm in result.arms.items()}, target),
         files=parts.downloads(result),
-        charts=parts.charts(result.rows, steps, target, list(result.arms)) or gr.skip(),
+        charts=parts.charts(result.rows, steps, target, list(result.arms)) if result.rows else gr.skip(),
         strips=strips(result),
         more=gr.update(value=MORE, visible=bool(seen) and result.settings.get("mode") == "image"),
         directory=str(result.directory),
@@ -148,7 +154,7 @@ def compared(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def of_pair(result: Result, pair: Sequence[str]) -> dict[str, Any]:
-    """Slider, turntables and their angle, of two arms or of one."""
+    """Slider, turntables, their angle, and sheets of views, of two arms or of one."""
     both = len(pair) == 2
     turntables = [result.arms[name].files.get("turntable") for name in pair]
     label = " | ".join(f"{capital(arm_label(name))} ({side})" for name, side in zip(pair, SIDES))
@@ -160,6 +166,7 @@ def of_pair(result: Result, pair: Sequence[str]) -> dict[str, Any]:
     return {
         "slider": gr.update(value=pictures, visible=True, label=label) if both else gr.update(**HIDDEN),
         "angle": gr.update(value=0, visible=both and all(turntables)),
+        "views": parts.view_sheets({name: result.arms[name] for name in pair}),
         **videos,
     }
 
@@ -186,17 +193,26 @@ def show_pair(directory: str | None, left: str, right: str) -> list[Any]:
     return updates(looked_at=looked_at, **of_pair(result, pair)) if pair else updates()
 
 
-def show_models(looked_at: Sequence[str]) -> list[Any]:
-    """The meshes of the pair. An event of its own: a generator whose last item holds a new mesh blanks the viewers."""
+def show_models(looked_at: Sequence[str], look: str) -> list[Any]:
+    """The meshes of the pair. An event of its own: a generator whose last item holds a new mesh blanks the viewers.
+
+    A viewer takes a look (LOOKS) when it loads: for another one `clear_models` comes first.
+    """
     result, pair = shown_pair(looked_at)
     changed = [gr.update(value=None, **HIDDEN) for _ in MODELS]
     end = ": drag to turn both" if len(pair) == 2 else ""
     for i, name in enumerate(pair):
         if mesh := result.arms[name].files.get("glb"):
             label = capital(arm_label(name)) + end
-            changed[i] = gr.update(value=str(mesh), visible=True, camera_position=(None, None, None), label=label)
+            changed[i] = gr.update(
+                value=str(mesh), visible=True, camera_position=(None, None, None), label=label, display_mode=look
+            )
             end = ""
     return changed
+
+
+def clear_models() -> list[Any]:
+    return [gr.update(value=None) for _ in MODELS]
 
 
 def show_camera(turned: gr.Model3D) -> dict[str, Any]:

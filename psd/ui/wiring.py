@@ -35,6 +35,7 @@ from psd.ui.form import (
 from psd.ui.show import (
     MODELS,
     SIDES,
+    clear_models,
     estimate_of,
     show,
     show_angle,
@@ -138,7 +139,9 @@ def connect_results(demo: gr.Blocks, header: gr.HTML, page: Page) -> None:
         **LIGHT,
     )  # fmt: skip
     # Of whatever was put on the page: while a run still writes its last files, its meshes can be turned.
-    looked_at.change(show_models, looked_at, list(page.models.values()), **LIGHT)
+    viewers, look = [page.models[name] for name in MODELS], page.models["look"]
+    looked_at.change(show_models, [looked_at, look], viewers, **LIGHT)
+    look.input(clear_models, None, viewers, **LIGHT).then(show_models, [looked_at, look], viewers, **LIGHT)
     outputs["angle"].input(
         show_angle, [looked_at, outputs["angle"]], outputs["slider"], trigger_mode="always_last", **LIGHT
     )
