@@ -169,6 +169,36 @@ def upright_and_coloured(picture: np.ndarray) -> None:
     assert np.nonzero(rest)[0].mean() > rows.mean(), "the cap is not above the stem"
 
 
+def shift(page: Page) -> tuple[float, list[str]]:
+    """How far the page has moved under its reader since the last call, and what moved: CLS, the largest sum of layout
+    shifts within five seconds, none a second after the one before, without those half a second after an input."""
+    return page.evaluate(
+        """async () => {
+          const entries = await new Promise(done => {
+            const watch = new PerformanceObserver(list => { watch.disconnect(); done(list.getEntries()); });
+            watch.observe({type: 'layout-shift', buffered: true});
+            setTimeout(() => done([]), 1000);
+          });
+          const about = ({node, previousRect: a, currentRect: b}) => {
+            const element = node?.nodeType === 1 ? node : node?.parentElement;
+            const name = element?.closest('[id]')?.id + ' ' + element?.tagName + '.' + element?.className;
+            return `${name.slice(0, 60)} ${[a.x, a.y, a.height]} -> ${[b.x, b.y, b.height]}`;
+          };
+          let [sum, start, last, most] = [0, -Infinity, -Infinity, 0];
+          const moved = [];
+          for (const each of entries) {
+            if (each.hadRecentInput || each.startTime <= (window.told ?? 0)) continue;
+            if (each.startTime - last > 1000 || each.startTime - start > 5000) [sum, start] = [0, each.startTime];
+            [sum, last] = [sum + each.value, each.startTime];
+            most = Math.max(most, sum);
+            if (each.value > 0.01) moved.push(each.value.toFixed(3), ...each.sources.map(about));
+          }
+          window.told = performance.now();
+          return [most, moved];
+        }"""
+    )
+
+
 def copied_link(page: Page, awaited: str) -> str:
     """The link that Copy link makes once the form's last change has reached it."""
     box = page.locator("#link textarea, #link input").first

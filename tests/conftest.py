@@ -6,8 +6,12 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 # Before torch is imported anywhere, and inherited by the processes that tests start.
 os.environ["OMP_WAIT_POLICY"] = "ACTIVE"  # with a short count, as psd sets it
@@ -41,6 +45,24 @@ def chromium() -> str:
     if path is None:
         pytest.skip("no Chromium found: install it (Debian and Ubuntu: apt install chromium)")
     return path
+
+
+@pytest.fixture(scope="module")
+def browser(chromium: str) -> Iterator[Browser]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def app_url(psd_home: Path) -> str:
+    """The app in a process of its own."""
+    from tests import app_server
+
+    return app_server.address()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -26,17 +26,11 @@ from psd.errors import RequestError
 from psd.models.rewards.table import REWARDS
 from psd.record import read, settings_of
 from psd.ui import api, create, examples, files, form, parts, plots, watch, wiring
-from tests import app_server
 
 EXAMPLES = Path(examples.EXAMPLES)
 PROMPT = "a red mushroom with a white stem"
 LAST_S = 600.0  # of anything that is waited for: a machine that also trains is slow
 PATIENT = {"timeout": LAST_S}
-
-
-@pytest.fixture(scope="module")
-def app_url(psd_home: Path) -> str:
-    return app_server.address()
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -15,7 +14,6 @@ import pytest
 
 from psd.scene.files import export_glb, read_glb
 from psd.scene.mesh import extract_mesh
-from tests import app_server
 from tests.browser_page import (
     LAST_S,
     as_the_viewer_looks,
@@ -46,21 +44,6 @@ pytestmark = [pytest.mark.browser, pytest.mark.timeout(LAST_S + 200)]
 
 PROMPT = "a red mushroom with a white stem"
 TAG = "<img src=//host.invalid/x>"  # shown as it is, never taken for HTML
-
-
-@pytest.fixture(scope="module")
-def app_url(psd_home: Path) -> str:
-    return app_server.address()
-
-
-@pytest.fixture(scope="module")
-def browser(chromium: str) -> Iterator[Browser]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

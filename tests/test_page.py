@@ -119,6 +119,23 @@ def test_scores_have_a_column_an_arm_and_the_change_against_the_baseline():
     assert "change" not in alone and "<small" not in alone
 
 
+def test_charts_and_scores_have_their_frames_before_the_first_step_and_the_last_value_after_it():
+    config = RunConfig.from_preset(prompt="a lamp")
+    page = dict(zip(show.OUTPUTS, show.show_cleared(config), strict=True))
+    assert page["charts"].count("<svg") == 2 and "NaN" not in page["charts"]
+    assert page["scores"].count("<td>–") == 2
+    rows = ({"step": 1, "reward_with": 1.0, "reward_without": 3.0}, {"step": 2, "reward_with": 2.0})
+    assert "<td>2.000<small class='down'>-1.000" in parts.scores_so_far(rows, config)
+    assert visible(dict(zip(show.OUTPUTS, show.show_cleared(RunConfig.from_preset(mode="3d"))))["object"])
+    assert not visible(page["object"])
+
+
+def test_sheets_of_depth_and_normals_are_those_of_the_pair():
+    result = result_of("with", "selection", "without", kinds=("picture", "views"))
+    assert shown(result)["views"].count("<img") == 2 and "selection" not in shown(result)["views"]
+    assert shown(result_of("with"))["views"] == ""
+
+
 def test_every_file_of_every_arm_is_one_link_with_a_name_of_its_own():
     kinds = tuple(parts.FILES)
     links = parts.downloads(result_of("with", "without", kinds=kinds))

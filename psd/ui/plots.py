@@ -46,13 +46,11 @@ def line_chart(title: str, steps: Sequence[int], series: Sequence[Series], last_
         at = f"{y(tick):.1f}"
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at}" y2="{at}"/>')
         parts.append(f'<text class="tick" x="{LEFT - 7}" y="{at}" dy="0.32em" text-anchor="end">{tick:g}</text>')
-    for tick in sorted({x_low, *(round(x_high * share) for share in (0.25, 0.5, 0.75)), x_high}):
-        parts.append(
-            f'<text class="tick" x="{x(tick):.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{tick}</text>'
-        )
-    # Between the first two numbers, so that it costs no line of its own.
-    between = (x(x_low) + x(x_low + round(0.25 * (x_high - x_low)))) / 2
-    parts.append(f'<text class="axis" x="{between:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">step</text>')
+    numbers = sorted({x_low, *(round(x_high * share) for share in (0.25, 0.5, 0.75)), x_high})
+    # The axis is named between its last two numbers, so that the name takes no line of its own.
+    names = [(x(tick), f"{tick}") for tick in numbers] + [((x(numbers[-2]) + x(numbers[-1])) / 2, "step")]
+    for at, name in names:
+        parts.append(f'<text class="tick" x="{at:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{name}</text>')
     stride = max(1, math.ceil(len(steps) / MAX_POINTS))
     for line in shown:
         kind = escape(f"s-{line.name}", quote=True)

@@ -30,7 +30,7 @@ OUTPUTS = ("status", "preview", "gallery", "chooser", "left", "right", "slider",
 HIDDEN = {"visible": False}
 MORE = "Four more like this"
 LOOKS = {"solid": "Surface", "wireframe": "Wireframe"}  # of both meshes, by gradio's names
-COMPARE = "Both in full screen"
+COMPARE = "Full screen"
 OPENING = ("slider", "left_video", "right_video")
 IDLE = "Ready. Enter a prompt and press Run."
 
