@@ -217,7 +217,7 @@ def downloads(result: Result) -> str:
 
 def scores_so_far(rows: Sequence[Mapping[str, float]], config: RunConfig) -> str:
     """The target reward of every arm at the last step that read it; the judges' come with the results."""
-    arms = arm_names(config.arms)
+    arms = list(arms_of(config))
     last = {
         arm: next((v for row in reversed(rows) if math.isfinite(v := row.get(f"reward_{arm}", math.nan))), math.nan)
         for arm in arms
@@ -229,7 +229,7 @@ def view_sheets(arms: Mapping[str, ArmResult]) -> str:
     """The sheets of four views with depth and normals, folded away; empty where there are none."""
     sheets = "".join(
         f"<figure><img src='{file_url(arm.files['views'])}' alt='{escape(f'{VIEWS}, {arm_label(name)}', quote=True)}' "
-        f"width='768' height='576' loading='lazy'><figcaption class='psd-key'>{key(name)}</figcaption></figure>"
+        f"width='768' height='576' loading='lazy'><figcaption class='psd-key'>{key(name, arms)}</figcaption></figure>"
         for name, arm in arms.items()
         if "views" in arm.files
     )
