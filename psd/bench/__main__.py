@@ -38,7 +38,7 @@ def main() -> None:
     of_speed = modes.add_parser("speed", parents=[device], help=speed.__doc__.splitlines()[0])
     of_speed.add_argument("--modes", nargs="+", choices=list(speed.PRESETS), default=list(speed.PRESETS))
     of_growth = modes.add_parser("growth", parents=[device], help=growth.__doc__.splitlines()[0])
-    of_growth.add_argument("--rounds", type=int, default=growth.ROUNDS, help="of which the medians count")
+    of_growth.add_argument("--rounds", type=int, default=growth.ROUNDS, help="of which the fastest counts")
     modes.add_parser("memory", help=memory.__doc__.splitlines()[0])
     quantities = [each.quantity for each in growth.ROWS]
     of_growth.add_argument("--rows", nargs="+", choices=quantities, default=quantities)

@@ -1,17 +1,19 @@
 """How time and memory grow with a run's sizes: `python -m psd.bench growth`, on the embedded models.
 
-    cost(size) = constant + work * size ** exponent
+    seconds(size) = constant + work * size ** exponent
 
 A row is one quantity: a process of its own, on one thread, in which the sizes take turns, so that a busy neighbour
-meets them all. Time is the process's own (CPU seconds), memory what it takes at its peak beyond its loaded models. The
-views of an object are the prior's and cannot be chosen: `samples` of a ray stand in their place.
+meets them all. Time is the process's own (CPU seconds) in the fastest round, since neighbours who share caches only
+ever add to it. Memory is what it takes at its peak beyond its loaded models; its exponent is the slope between the two
+largest sizes, since below some size another phase has the peak. The views of an object are the prior's and cannot be
+chosen: `samples` of a ray stand in their place.
 """
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import re
-import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -35,8 +37,8 @@ from psd.run import generate, load
 from psd.scene.mesh import extract_mesh
 
 ROUNDS = 3
-SLACK = 0.2  # of an exponent that was measured: as much comes from caches and neighbours
-FLAT_MB, FLAT_SHARE = 5.0, 0.05  # between the sizes: less is no growth
+SLACK = 0.25  # of an exponent that was measured: as much comes from caches, neighbours and the heap
+FLAT = 0.05  # between the sizes: less is no growth
 PRESETS = {"image": "toybox-image", "3d": "toybox-fast"}
 STEPS = {"image": 4, "3d": 2}  # that are timed together: whole periods of the arm's intervals
 PROCESS = Path("/proc/self")
@@ -90,20 +92,22 @@ def meshed(config: RunConfig, models: Models, faces: int) -> Work:
     return lambda: extract_mesh(scene.field, target_faces=faces, views=views)
 
 
+# Large enough that the smallest is more than what the networks take beside it.
 ROWS = (
-    Row("steps", (4, 8, 16, 32), 1, "image", whole_run),
+    Row("steps", (16, 32, 64), 1, "image", whole_run),
     Row("arms", (1, 2, 4, 6), 1, "image", stepping),
     Row("images", (1, 2, 4, 8), 1, "image", partial(with_setting, "images")),
     Row("samples", (24, 48, 96, 192), 1, "3d", partial(with_setting, "samples")),
-    Row("render_size", (40, 80, 120, 160), 2, "3d", partial(with_setting, "render_size")),
-    Row("grid_size", (48, 80, 112, 160), 3, "3d", partial(with_setting, "grid_size")),
-    Row("mesh_faces", (3_000, 6_000, 12_000, 24_000), 1, "3d", meshed),
+    Row("render_size", (80, 120, 160, 200), 2, "3d", partial(with_setting, "render_size")),
+    Row("grid_size", (96, 120, 140, 160), 3, "3d", partial(with_setting, "grid_size")),
+    # Each with four times the triangles of the one before: the texture's side is a power of two.
+    Row("mesh_faces", (2_000, 8_000, 32_000), 1, "3d", meshed),
 )
 
 
 def report(device: str, rounds: int = ROUNDS, rows: Iterable[Row] = ROWS) -> Iterator[str]:
     """The table in Markdown, line by line as it is measured."""
-    yield f"torch {torch.__version__}, one thread, {device}; medians of {rounds} rounds."
+    yield f"torch {torch.__version__}, one thread, {device}; the fastest of {rounds} rounds."
     titles = ["quantity", "sizes", "seconds", "MB", "of time", "of memory", "of its work", "no faster than its work"]
     yield from ("", row(titles), "|---" * len(titles) + "|")
     for each in rows:
@@ -115,7 +119,7 @@ def told(each: Row, found: Measured) -> str:
     """A line of the table."""
     exponents = [exponent(each.sizes, found.seconds)]
     if found.peak_mb:
-        exponents.append(exponent(each.sizes, found.peak_mb, FLAT_MB))
+        exponents.append(slope(each.sizes[-2:], found.peak_mb[-2:]))
     return row([
         each.quantity, ", ".join(f"{size:,}" for size in each.sizes),
         ", ".join(f"{seconds:.2f}" for seconds in found.seconds),
@@ -137,20 +141,25 @@ def measured(each: Row, device: str, rounds: int) -> Measured:
         forget_peak()
         works.append(each.prepare(config, models, size))
         works[-1]()
-        peaks.append((peak_mb() or 0.0) - before)
+        peaks.append(max((peak_mb() or 0.0) - before, 1.0))
     seconds: list[list[float]] = [[] for _ in each.sizes]
     for _ in range(rounds):
         for work, taken in zip(works, seconds):
             started = time.process_time()
             work()
             taken.append(time.process_time() - started)
-    return Measured([statistics.median(taken) for taken in seconds], peaks if peak_mb() else None)
+    return Measured([min(taken) for taken in seconds], peaks if peak_mb() else None)
 
 
-def exponent(sizes: tuple[int, ...], costs: list[float], least: float = 0.0) -> float:
+def slope(sizes: tuple[int, int], costs: list[float]) -> float:
+    """Of the line through two points of logarithms."""
+    return math.log(costs[1] / costs[0]) / math.log(sizes[1] / sizes[0])
+
+
+def exponent(sizes: tuple[int, ...], costs: list[float]) -> float:
     """p of the c + w * size ** p, neither c nor w negative, that is nearest to the costs; 0 where they hardly grow."""
     values = np.array(costs)
-    if values.max() - values.min() <= max(least, FLAT_SHARE * values.max()):
+    if values.max() - values.min() <= FLAT * values.max():
         return 0.0
     weights = 1 / (values + values.mean())  # of the small ones neither their noise nor nothing counts
 
