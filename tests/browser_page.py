@@ -35,7 +35,7 @@ CONTROLS = {
     "Create", "Score an image", "API", "Run", "Stop", "Randomise seed", "On the left", "On the right",
     "Undo", "Fullscreen", "Download", "Adjust volume", "Reset to default value", "Use via API or MCP", "Settings",
     "Advanced", "Find a setting", "Reset to the preset", "Play", "Pause", MORE, COMPARE, *LOOKS.values(),
-    *COPIES.values(), "These settings",
+    *COPIES.values(), "These settings", "Click to upload or drop files",
     *GROUPS.values(), "Share and restore", *map(arm_label, ARMS), *(mode.label for mode in MODES.values()), *METHODS,
     *(entry["prompt"] for entry in load_prompts()), *(field.label for field in FIELDS.values()),
     *(choice for field in FIELDS.values() for choice in field.choices),

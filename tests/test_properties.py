@@ -70,7 +70,7 @@ def configs(draw: st.DrawFn) -> RunConfig:
     """A preset with some of its settings changed, such that all rules between them hold."""
     mode = draw(st.sampled_from(["image", "3d"]))
     preset = draw(st.sampled_from(presets_of(mode)))
-    fixed = {"mode", "preset", "prompt", "prior", "reward", "method", "negative_from"}
+    fixed = {"mode", "preset", "prompt", "prior", "reward", "method", "negative_from", "start"}
     names = draw(st.lists(st.sampled_from([name for name in FIELDS if name not in fixed]), max_size=8, unique=True))
     changed = {name: draw(values_of(FIELDS[name])) for name in names}
     changed |= {"prompt": draw(WORDS.filter(str.strip)), "reward": draw(st.sampled_from([*REWARDS, None]))}
