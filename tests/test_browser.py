@@ -56,7 +56,7 @@ def test_run_from_prompt_to_slider(browser: Browser, app_url: str, tmp_path: Pat
     set_steps(page, 12)
     page.get_by_label("Prompt", exact=True).fill(PROMPT)
     run(page)
-    until(page, "#preview img")
+    until(page, "#preview img, #slider img")
     until(page, "#charts svg")
     status = finished(page)
     drawn(page, 2, "With preference", "Without")
@@ -122,7 +122,7 @@ def test_stop_keeps_the_partial_result_and_run_works_again(browser: Browser, app
     set_steps(page, 1000)
     page.get_by_label("Prompt", exact=True).fill(PROMPT)
     run(page)
-    until(page, "#preview img")
+    until(page, "#preview img, #slider img")
     page.get_by_label("Prompt", exact=True).press("Shift+Enter")  # as Run, which is disabled
     page.get_by_text("A run is going on").wait_for()
     page.locator("#stop").click()
@@ -319,7 +319,7 @@ def test_an_object_ends_upright_and_coloured_in_both_viewers(browser: Browser, a
     page.get_by_label("Prompt", exact=True).fill("a red mushroom with a blue stem")
     page.get_by_label("Randomise seed").uncheck()
     run(page)
-    until(page, "#preview img")
+    until(page, "#preview img, #slider img")
     finished(page)
     for side in ("left", "right"):
         page.locator(f"#{side}_video video").wait_for()
