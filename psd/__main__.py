@@ -8,6 +8,7 @@ refused, 130 interrupted (Ctrl-C), 143 terminated.
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import os
 import secrets
@@ -37,6 +38,7 @@ GROUPS = {
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     given = vars(parser.parse_args(argv))
+    logging.getLogger("psd").addHandler(logging.NullHandler())  # what it would tell at length stands in a sentence too
     show_list, quiet = given.pop("list"), given.pop("quiet")
     output, randomize_seed = given.pop("output"), given.pop("randomize_seed")
     allow_download = given.pop("allow_download")
