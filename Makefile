@@ -10,7 +10,7 @@ PYTHON ?= $(firstword $(foreach name,python3.12 python3.11 python3.13 python3.14
 	$(name) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v $(name))))
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-busy fuzz soak audit lint train-toybox bench check-published setup setup-dev clean
+.PHONY: help run test test-busy fuzz soak faults audit lint train-toybox bench check-published setup setup-dev clean
 
 help:                   ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
@@ -32,6 +32,9 @@ fuzz: setup-dev         ## 5,000 hostile requests to the app, and what became of
 
 soak: setup-dev         ## 250 runs by four clients, some of which cancel or hang up
 	$(PY) -m tests.soak $(ARGS)
+
+faults: setup-dev       ## killed runs, full disks, no memory, two servers, slow clients, and what became of each
+	$(PY) -m tests.faults $(ARGS)
 
 # What requirements.txt has brought in, by name and version: a CPU build of torch is the same release.
 audit: setup-dev        ## every installed package beside the published advisories

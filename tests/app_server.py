@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
@@ -26,8 +27,11 @@ def address() -> str:
     return url
 
 
-def start(quiet: bool = False) -> tuple[subprocess.Popen, str]:
-    """A process of the app, and its URL once it answers; a quiet one keeps what gradio has to say to itself."""
+def start(quiet: bool = False, before: Sequence[str] = ()) -> tuple[subprocess.Popen, str]:
+    """A process of the app, and its URL once it answers; a quiet one keeps what gradio has to say to itself.
+
+    `before` is what its command line begins with.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -35,7 +39,8 @@ def start(quiet: bool = False) -> tuple[subprocess.Popen, str]:
         "GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_SERVER_PORT": str(port), "PSD_MAX_RUN_S": MAX_RUN_S,
     }  # fmt: skip
     said = subprocess.DEVNULL if quiet else None
-    process = subprocess.Popen([sys.executable, "app.py"], cwd=ROOT, env=environment, stdout=said, stderr=said)
+    words = [*before, sys.executable, "app.py"]
+    process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=said, stderr=said)
     url, give_up = f"http://127.0.0.1:{port}", time.monotonic() + LAST_S
     while True:
         assert process.poll() is None, f"the app ended with status {process.returncode}"
