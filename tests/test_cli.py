@@ -127,7 +127,7 @@ def test_every_flag_reaches_its_field(name: str, run: Callable[..., int], runs: 
     picture = tmp_path / "a.png"
     Image.new("RGB", (8, 8)).save(picture)
     field = RunConfig.__dataclass_fields__[name]
-    other = {"preset": "toybox-quick", "prior": "org/name", "reward": list(REWARDS)[-1], "t_min": 0.5, "t_max": 0.5}
+    other = {"preset": "toybox-quick", "prior": "org/name", "reward": "mps", "t_min": 0.5, "t_max": 0.5}
     other |= {
         "negative_prompt": "blurry",
         "arms": "selection, without",
