@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 
-from psd.contracts import Answer, Ask, Guided, Now, Setup
+from psd.contracts import Answer, Ask, Guided, Now
 from psd.methods.sds import SDS, distilled, noisy
 
 
@@ -16,10 +16,6 @@ class CFD(SDS):
 
     In image mode t falls from step to step anyway, and the step's own is kept.
     """
-
-    def __init__(self, setup: Setup) -> None:
-        super().__init__(setup)
-        self.schedule = setup.schedule
 
     def at(self, now: Now) -> Now:
         """The same step at this method's t."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from psd import guidance
 from psd.contracts import Answer, Ask, Guided, Now, Setup
-from psd.methods.sds import noisy
+from psd.methods.sds import SDS, noisy
 
 ANNEALED = 0.5  # share of the run over which the three-way weights move, 5,000 of its 10,000 steps
 
@@ -31,15 +31,12 @@ def classifier_score(
     return c * eps_y + u * eps_n + v * eps_null
 
 
-class CSD:
+class CSD(SDS):
     """g = w_t * (eps_y - eps_n), or with the three-way weights and the empty prompt beside the negative one."""
 
     def __init__(self, setup: Setup) -> None:
-        self.config, self.y, self.n = setup.config, setup.y, setup.n_0
+        super().__init__(setup)
         self.null = setup.prior.embed([""]) if self.config.csd_weights == "three-way" else None
-
-    def noises(self, step: int) -> int:
-        return 1
 
     def step(self, now: Now) -> Generator[Ask, Answer, Guided]:
         config = self.config
@@ -48,6 +45,3 @@ class CSD:
         delta = classifier_score(eps_y[0], eps_n[0], eps_null[0][0] if eps_null else eps_n[0], weights)
         w_t = guidance.w_t(now.alpha_t, now.sigma_t, config.weighting)
         return Guided(w_t * delta, guidance.cfg(eps_y[0], eps_n[0], config.gamma), {"delta_cls": guidance.norm(delta)})
-
-    def report(self) -> dict[str, float]:
-        return {}

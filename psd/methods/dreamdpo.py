@@ -9,10 +9,10 @@ import torch
 from psd import guidance
 from psd.contracts import Answer, Ask, Guided, Now, Setup
 from psd.methods.preference import rank
-from psd.methods.sds import noisy, pick
+from psd.methods.sds import SDS, noisy, pick
 
 
-class DreamDPO:
+class DreamDPO(SDS):
     """g = w_t * ((eps~_w - noise_w) - (eps~_l - noise_l)), winner and loser of a pair, ranked per sample.
 
     dpo_form "code", what its authors run: the loser's prediction has no guidance, and where the rewards differ by less
@@ -20,7 +20,8 @@ class DreamDPO:
     """
 
     def __init__(self, setup: Setup) -> None:
-        self.config, self.y, self.n, self.score = setup.config, setup.y, setup.n_0, setup.score
+        super().__init__(setup)
+        self.score = setup.score
 
     def noises(self, step: int) -> int:
         return 2
@@ -41,6 +42,3 @@ class DreamDPO:
         delta = torch.where((terms["unscored"] == 0)[:, None, None, None], delta, 0.0)  # nothing to prefer
         w_t = guidance.w_t(now.alpha_t, now.sigma_t, config.weighting)
         return Guided(w_t * delta, won, {"delta_pref": guidance.norm(delta)} | terms)
-
-    def report(self) -> dict[str, float]:
-        return {}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from psd import guidance
 from psd.contracts import Answer, Ask, Guided, Now, Setup
-from psd.methods.sds import distilled, noisy
+from psd.methods.sds import SDS, distilled, noisy
 
 GOOD = 4.0  # a reward above it has no gradient in the authors' loss, mean relu(4 - r)
 FROM_SHARE, STRENGTH = 0.1, 0.3  # of the run, and of the balance below: their second configuration's
@@ -28,7 +28,7 @@ def digits(number: float) -> int:
     return len(str(number).partition(".")[0])
 
 
-class DreamReward:
+class DreamReward(SDS):
     """g = w_t * (eps~ - noise) - lambda_r * d mean r / dx at x0-hat, as if x0-hat moved as x_c does.
 
     reward_schedule "code": from a tenth of the run on 0.3 * balance * mean relu(4 - r) is added to the reconstruction
@@ -36,11 +36,8 @@ class DreamReward:
     """
 
     def __init__(self, setup: Setup) -> None:
-        self.config, self.y, self.n, self.views = setup.config, setup.y, setup.n_0, setup.views
+        super().__init__(setup)
         self.score, self.total = setup.score, len(setup.schedule.alphas_cumprod)
-
-    def noises(self, step: int) -> int:
-        return 1
 
     def step(self, now: Now) -> Generator[Ask, Answer, Guided]:
         config, x_t = self.config, noisy(now)
@@ -70,6 +67,3 @@ class DreamReward:
             rewards = self.score(x[None])[0].float()
             (gradient,) = torch.autograd.grad(rewards.clamp(max=good).sum(), x)
         return rewards.detach(), torch.nan_to_num(gradient, posinf=0.0, neginf=0.0)
-
-    def report(self) -> dict[str, float]:
-        return {}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from psd import guidance
 from psd.contracts import Answer, Ask, Guided, Now, Setup
-from psd.methods.sds import noisy, pick
+from psd.methods.sds import SDS, noisy, pick
 
 BEST, WORST = (2, 0.9), (2, 0.1)  # of min-max: how many, and the weight of their mean
 
@@ -46,15 +46,15 @@ def explored_timesteps(t: int, steps: int, total: int) -> list[int]:
     return [t, *(level for level in grid if level < t)] if t > 0 else [t]
 
 
-class RewardSDS:
+class RewardSDS(SDS):
     """g = w_t * sum_i weight_i * (eps~_i - noise_i) over `candidates` noises; one noise in the last part of the run.
 
     Each x_t is taken to t = 0 by DDIM under the same guidance; what it arrives at is scored, per sample or group.
     """
 
     def __init__(self, setup: Setup) -> None:
-        self.config, self.y, self.n, self.score = setup.config, setup.y, setup.n_0, setup.score
-        self.schedule, self.views = setup.schedule, setup.views
+        super().__init__(setup)
+        self.score = setup.score
 
     def noises(self, step: int) -> int:
         return self.config.candidates if step < int(self.config.steps * self.config.reward_share) else 1
@@ -97,6 +97,3 @@ class RewardSDS:
             x_0 = guidance.x0_hat(x, eps, self.schedule.alpha_t(level), self.schedule.sigma_t(level))
             x = self.schedule.alpha_t(onto) * x_0 + self.schedule.sigma_t(onto) * eps
         return x
-
-    def report(self) -> dict[str, float]:
-        return {}

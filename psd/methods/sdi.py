@@ -12,7 +12,7 @@ from torch import Tensor
 
 from psd import guidance
 from psd.contracts import Answer, Ask, Guided, Now, Setup
-from psd.methods.sds import distilled
+from psd.methods.sds import SDS, distilled
 from psd.schedule import NoiseSchedule
 
 CLEAN = -1  # the level of x_c: it counts as noisy as t = 0
@@ -39,7 +39,7 @@ def ancestral_std(level: int, onto: int, schedule: NoiseSchedule) -> Float[Tenso
     return ((1 - abar) / (1 - abar_onto) * (1 - abar_onto / abar)).clamp(min=0).sqrt()
 
 
-class SDI:
+class SDI(SDS):
     """g = w_t * (eps~(x_t) - k), where x_t is x_c inverted to t and k the noise in it; with w = sigma/alpha its target.
 
     Every inversion step asks the prior under `inversion_gamma`, negative: away from the prompt. `inversion_shift`: as
@@ -47,8 +47,8 @@ class SDI:
     """
 
     def __init__(self, setup: Setup) -> None:
-        self.config, self.y, self.n, self.views = setup.config, setup.y, setup.n_0, setup.views
-        self.schedule, self.total = setup.schedule, len(setup.schedule.alphas_cumprod)
+        super().__init__(setup)
+        self.total = len(self.schedule.alphas_cumprod)
 
     def noises(self, step: int) -> int:
         return 1 + (self.config.inversion_steps + 1 if self.config.inversion_eta else 0)
@@ -77,6 +77,3 @@ class SDI:
             if self.config.inversion_eta:
                 x = x + self.config.inversion_eta * ancestral_std(level, onto, self.schedule) * now.noise[1 + i]
         return x
-
-    def report(self) -> dict[str, float]:
-        return {}

@@ -18,6 +18,7 @@ class SDS:
 
     def __init__(self, setup: Setup) -> None:
         self.config, self.y, self.n, self.views = setup.config, setup.y, setup.n_0, setup.views
+        self.schedule = setup.schedule
 
     def noises(self, step: int) -> int:
         return 1

@@ -13,7 +13,7 @@ from torch import Tensor
 from psd import guidance
 from psd.contracts import Answer, Ask, Guided, Now, Setup
 from psd.methods.rewardsds import RewardSDS
-from psd.methods.sds import noisy
+from psd.methods.sds import SDS, noisy
 from psd.models.priors.lora import LoRAPrior
 
 CAMERA_DROPPED = 0.1  # of the LoRA's own steps
@@ -56,11 +56,11 @@ class Variational:
         self.optimizer.zero_grad()
 
 
-class VSD:
+class VSD(SDS):
     """g = w_t * (eps~(x_t) - eps_lora(x_t)); then the LoRA learns one step on x_c."""
 
     def __init__(self, setup: Setup) -> None:
-        self.config, self.y, self.n = setup.config, setup.y, setup.n_0
+        super().__init__(setup)
         self.variational = Variational(setup)
 
     def noises(self, step: int) -> int:
@@ -74,9 +74,6 @@ class VSD:
         w_t = guidance.w_t(now.alpha_t, now.sigma_t, self.config.weighting)
         learn = partial(self.variational.train, now, now.noise[1])
         return Guided(w_t * delta, eps_cfg, {"delta_vsd": guidance.norm(delta)}, learn)
-
-    def report(self) -> dict[str, float]:
-        return {}
 
 
 class RewardVSD(RewardSDS):
