@@ -96,7 +96,9 @@ def test_jobs_come_back_under_their_prompt_and_seed(tmp_path: Path):
 
     def run_batch(jobs: list[paired.Job]) -> paired.Values:
         for job in jobs:
-            paired.save_pictures(tmp_path, job, {"arm": torch.rand(12, 3, 64, 64), "other": torch.rand(12, 3, 64, 64)})
+            paired.save_pictures(
+                tmp_path, job, {"arm": torch.rand(12, 3, 64, 64), "other": torch.rand(12, 3, 64, 64)}, {}
+            )
         return {"arm": {"x": [10.0 * order[world.caption(scene)] + seed for scene, seed in jobs]}}
 
     found = paired.measure(run_batch, scenes, seeds=2, batch=4, workers=1)
@@ -108,20 +110,43 @@ def test_jobs_come_back_under_their_prompt_and_seed(tmp_path: Path):
     assert paired.contact_sheet(tmp_path, scenes, 2, 4).width == 2 * 4 * 64
 
 
+def judged(folder: Path, jobs: list[paired.Job], made: dict[paired.Job, paired.Pictures], keep: str, **settings):
+    """paired.run_batch where making is looking up, and the jobs that were made."""
+    asked = []
+
+    def make(rows, config, device, jobs):
+        asked.extend(jobs)
+        return [made[job] for job in jobs]
+
+    config = RunConfig.from_preset("toybox-fast", **settings)
+    brightness = lambda views, scene: {"brightness": views.mean().item()}  # noqa: E731
+    return paired.run_batch(make, brightness, scene.ROWS, config, "cpu", folder, keep, jobs), asked
+
+
 def test_pictures_are_judged_again_without_being_made(tmp_path: Path):
     """And as they were: what is written is what is judged."""
     jobs = [(scene, 0) for scene in heldout_scenes(2, 92)]
-    made = [{arm: torch.rand(3, 3, 64, 64) for arm in ("plain", "full")} for _ in jobs]
-    brightness = lambda views, scene: {"brightness": views.mean().item()}  # noqa: E731
-    config, common = RunConfig.from_preset("toybox-fast"), ("cpu", tmp_path)
-    first = paired.run_batch(lambda *_: made, brightness, config, *common, False, jobs)
-    second = paired.run_batch(lambda *_: pytest.fail("made again"), brightness, config, *common, True, jobs)
+    made = {job: {arm: torch.rand(3, 3, 64, 64) for arm in ("plain", "full")} for job in jobs}
+    first, asked = judged(tmp_path, jobs, made, "none")
+    second, asked_again = judged(tmp_path, jobs, made, "all")
+    assert asked == jobs and asked_again == []
     assert first == second and set(first["full"]) == {"target", "judge", "brightness", *AXES}
-    for job, pictures in enumerate(made):
+    for job, pictures in enumerate(made.values()):
         for arm, views in pictures.items():
             assert first[arm]["brightness"][job] == pytest.approx(views.mean().item(), abs=2e-3)
     kept = paired.load_pictures(tmp_path, jobs[0])["full"]
-    assert np.abs(kept / 255 - made[0]["full"].permute(0, 2, 3, 1).numpy()).max() <= 0.5 / 255 + 1e-6
+    assert np.abs(kept / 255 - made[jobs[0]]["full"].permute(0, 2, 3, 1).numpy()).max() <= 0.5 / 255 + 1e-6
+
+
+def test_a_table_goes_on_where_it_was_broken_off(tmp_path: Path):
+    """What other settings made is never taken for these."""
+    jobs = [(scene, seed) for scene in heldout_scenes(2, 92) for seed in range(2)]
+    made = {job: {"plain": torch.rand(3, 3, 64, 64)} for job in jobs}
+    judged(tmp_path, jobs[:3], made, "none")
+    values, asked = judged(tmp_path, jobs, made, "same")
+    assert asked == jobs[3:] and len(values["plain"]["target"]) == 4
+    with pytest.raises(ValueError, match="other settings"):
+        judged(tmp_path, jobs, made, "same", gamma=3.0)
 
 
 EVERY_STEP = dict(pref_interval=1, negative_interval=1)

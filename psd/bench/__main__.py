@@ -77,7 +77,16 @@ def add_table_flags(parser: argparse.ArgumentParser, bench) -> None:
     parser.add_argument(
         "--set", dest="settings", default="", metavar="SETTINGS", help="of every row, beyond the preset"
     )
-    parser.add_argument("--again", action="store_true", help="judge the pictures of --output's earlier run again")
+    parser.add_argument("--costs", action="store_true", help="first what each arm costs alone: on a quiet machine")
+    keep = parser.add_mutually_exclusive_group()
+    keep.add_argument(
+        "--resume", dest="keep", action="store_const", const="same", default="none",
+        help="make only what --output's earlier run has not: it was broken off, or had fewer prompts or seeds",
+    )  # fmt: skip
+    keep.add_argument(
+        "--again", dest="keep", action="store_const", const="all",
+        help="judge the pictures of --output's earlier run again",
+    )  # fmt: skip
 
 
 def add_gpu_flags(parser: argparse.ArgumentParser) -> None:
@@ -93,19 +102,18 @@ def write_table(bench, args: argparse.Namespace) -> None:
     output = args.output or Path(f"outputs/bench-{args.mode}.json")
     pictures = output.with_suffix("")
     pictures.mkdir(parents=True, exist_ok=True)
-    if args.again:
+    extra = {}
+    if args.keep == "all":
         earlier = json.loads(output.read_text(encoding="utf-8"))
         config, extra = RunConfig.from_dict(earlier["config"]), earlier["costs"]
         args.prompts, args.seeds, args.prompts_seed = len(earlier["prompts"]), earlier["seeds"], earlier["prompts_seed"]
-    elif args.tried:
-        extra = {}
-    else:
+    elif args.costs:
         extra = bench.costs(bench.ROWS, config, args.device)  # before the workers: alone on the machine
     scenes = heldout_scenes(args.prompts, args.prompts_seed)
     workers = args.workers if args.device == "cpu" else 1
     rows = {tried: row_of(tried) for tried in args.tried}
     rows = dict(list(bench.ROWS.items())[:1]) | rows if rows else bench.ROWS
-    run = partial(run_batch, partial(bench.make, rows), bench.seen_in, config, args.device, pictures, args.again)
+    run = partial(run_batch, bench.make, bench.seen_in, rows, config, args.device, pictures, args.keep)
     found = measure(run, scenes, args.seeds, bench.BATCH, workers)
     values = {arm: {name: v.tolist() for name, v in columns.items()} for arm, columns in found.items()}
     record = {

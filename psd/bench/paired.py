@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor
 from psd.config import RunConfig, arms_of
 from psd.contracts import Models, Prior, Stage
 from psd.distil import distil
-from psd.export import PNG_KEY, export_png, to_uint8
+from psd.export import PNG_KEY, export_png, to_json, to_uint8
 from psd.models.rewards import load_reward
 from psd.run import load
 from psd.toybox import world
@@ -57,6 +57,7 @@ PARTS: Rows = {
     "negative embedding alone": ("negative-only", {}),
 }
 RATES: Rows = {f"full PSD, n at {rate:g}": ("with", dict(negative_lr=rate)) for rate in NEGATIVE_RATES}
+Keep = Literal["none", "same", "all"]  # of an earlier run's pictures: those of the same settings, or whatever is there
 Job = tuple[world.Scene, int]  # a scene and a seed
 Pictures = dict[str, Float[Tensor, "V 3 S S"]]  # title -> one image, or an object's views, in [0, 1]
 Values = dict[str, dict[str, list[float]]]  # title -> column -> one value a job
@@ -102,18 +103,21 @@ def measure(
 
 
 def run_batch(
-    make: Callable[[RunConfig, str, list[Job]], list[Pictures]],
+    make: Callable[[Rows, RunConfig, str, list[Job]], list[Pictures]],
     seen_in: Callable[[Float[Tensor, "V 3 S S"], world.Scene], dict[str, float]],
+    rows: Rows,
     config: RunConfig,
     device: str,
     folder: Path,
-    again: bool,
+    keep: Keep,
     jobs: list[Job],
 ) -> Values:
-    """Make the jobs' pictures, or take those in `folder`, and judge them: rewards' means and what `seen_in` says."""
-    if not again:
-        for job, pictures in zip(jobs, make(config, device, jobs), strict=True):
-            save_pictures(folder, job, pictures)
+    """Make the jobs' pictures, but for those in `folder` that `keep` spares, and judge all of them: rewards' means
+    and what `seen_in` says."""
+    made_by = {"config": config.to_dict(), "rows": rows}
+    missing = [job for job in jobs if keep == "none" or not kept(folder, job, made_by, keep)]
+    for job, pictures in zip(missing, make(rows, config, device, missing) if missing else [], strict=True):
+        save_pictures(folder, job, pictures, made_by)
     rewards = {"target": load_reward(config.reward, device), "judge": load_reward("toybox/judge", device)}
     instruments = load_instruments(device)
     found = {}
@@ -137,10 +141,22 @@ def file_of(folder: Path, job: Job) -> Path:
     return folder / f"{world.caption(scene).replace(' ', '-')}-{seed}.png"
 
 
-def save_pictures(folder: Path, job: Job, pictures: Pictures) -> None:
+def kept(folder: Path, job: Job, made_by: dict[str, Any], keep: Keep) -> bool:
+    """Whether the job's pictures stay. Raises ValueError where `keep` is "same" and other settings made them."""
+    file = file_of(folder, job)
+    if keep == "all" or not file.exists():
+        return keep == "all"
+    with Image.open(file) as picture:
+        earlier = json.loads(picture.text[PNG_KEY]).get("made_by")
+    if earlier != json.loads(to_json(made_by)):
+        raise ValueError(f"{file} was made by other settings: name another --output")
+    return True
+
+
+def save_pictures(folder: Path, job: Job, pictures: Pictures, made_by: dict[str, Any]) -> None:
     """One PNG: a row an arm, a column a view."""
     rows = torch.cat([torch.cat(list(views), -1) for views in pictures.values()], -2)
-    settings = {"prompt": world.caption(job[0]), "seed": job[1], "arms": list(pictures)}
+    settings = {"prompt": world.caption(job[0]), "seed": job[1], "arms": list(pictures), "made_by": made_by}
     export_png(file_of(folder, job), to_uint8(rows), settings)
 
 
