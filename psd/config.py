@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import Any, NamedTuple, no_type_check
 
-from psd.presets import ARMS, PRESETS
+from psd.presets import ARMS, IMAGE_ARMS, PRESETS
 
 MAX_PROMPT_CHARS = 1000
 MAX_SEED = 2**31 - 1
@@ -326,7 +326,8 @@ def arms_of(config: RunConfig) -> dict[str, RunConfig]:
 
     Raises KeyError or ValueError on what `safety.check_request` refuses.
     """
-    arms = {name: dataclasses.replace(config, **ARMS[name]) for name in listed(config.arms)}
+    beyond = IMAGE_ARMS if config.mode == "image" else {}
+    arms = {name: dataclasses.replace(config, **ARMS[name] | beyond.get(name, {})) for name in listed(config.arms)}
     name, values = varied(config.vary)
     for value in (FIELDS[name].kind(text) for text in values):
         arms[varied_name(name, value)] = dataclasses.replace(config, **{name: value})

@@ -25,6 +25,7 @@ class Abandoned(Exception):
     """Thrown into a run that nobody listens to any more: it ends at once, with little to show."""
 
 
+MOST_NAMES = 16  # that a sentence lists
 NO_MEMORY = "The device ran out of memory: choose fewer arms, a smaller image or render size."
 OUT_OF_MEMORY = (
     "can't allocate memory",
@@ -55,7 +56,14 @@ def unknown_name(field: str, name: str, known: Iterable[str], otherwise: str = "
     known = list(known)
     nearest = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(nearest)}? Known" if nearest else "known"
-    return f"{field} {shown(name)} is not known; {hint}: {', '.join(known)}{otherwise}."
+    return f"{field} {shown(name)} is not known; {hint}: {some_of(known)}{otherwise}."
+
+
+def some_of(names: Iterable[str]) -> str:
+    """All names where they are few; a sentence must stay one."""
+    names = list(names)
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return ", ".join(names[:MOST_NAMES]) + more
 
 
 def shown(value: object, limit: int = 60) -> str:

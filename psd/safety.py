@@ -28,7 +28,7 @@ from psd.config import (
 )
 from psd.content import check_prompt, is_judged
 from psd.embedding import read_embedding
-from psd.errors import RequestError, shown, unknown_name
+from psd.errors import RequestError, shown, some_of, unknown_name
 from psd.methods import METHODS
 from psd.models.hub import is_hub_id
 from psd.models.priors.table import PRIORS, prior_info
@@ -293,7 +293,7 @@ def names_of(setting: Setting) -> tuple[str, ...]:
 def allowed(setting: Setting) -> str:
     """What a setting may be, for the end of a sentence: " from 2 to 1000", " (one of ddim, adam)" or nothing."""
     if choices := names_of(setting):
-        return f" (one of {', '.join(choices)})"
+        return f" (one of {some_of(choices)})"
     if setting.low is not None:
         return f" from {setting.low:g} to {setting.high:.10g}"
     return ""

@@ -32,7 +32,7 @@ from psd.ui.form import ALLOW_DOWNLOAD_HELP, NAMES, checked, help_line, named, u
 from psd.ui.watch import View, clear_errors, embedded_rewards, watch
 
 # The only parameters with a default of their own; all others default to the preset's value.
-API_DEFAULTS = {name: FIELDS[name].default for name in ("prompt", "preset", "seed", "arms")}
+API_DEFAULTS = {name: FIELDS[name].default for name in ("prompt", "preset", "seed")}
 OUTPUT_HELP = """
 Returns:
     preview: latest preview, the arms side by side in their order.

@@ -37,7 +37,7 @@ SLIDER_STEPS = {
     "steps": 1, "gamma": 0.1, "t_max": 0.01, "t_min": 0.01, "t_max_end": 0.01, "t_anneal": 0.05, "rescale": 0.05,
     "time_shift_low": 0.01, "time_shift_high": 0.01, "pref_weight": 0.05,
 }  # fmt: skip
-# A preset says how to draw; these say what, and stay as they are when another preset is chosen.
+# A preset says how to draw; these say what, and stay as they are when another preset is chosen that does not name them.
 KEPT_BY_PRESETS = ("prompt", "seed", "arms", "vary", *LOCAL)
 TRUTH = {"true": True, "false": False}  # what a link may say
 # No setting: it changes no result, and a link or a preset must not carry somebody's consent.
@@ -148,7 +148,9 @@ def fill_preset(preset: str) -> list[Any]:
     """Values for all controls when a preset is chosen. Raises RequestError on an unknown one."""
     check_name("preset", preset, PRESETS)
     settings = RunConfig.from_preset(preset).to_dict()
-    return fill({name: value for name, value in settings.items() if name not in KEPT_BY_PRESETS})
+    return fill(
+        {name: value for name, value in settings.items() if name not in KEPT_BY_PRESETS or name in PRESETS[preset]}
+    )
 
 
 def fill_again(settings: Mapping[str, Any]) -> list[Any]:
