@@ -88,9 +88,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         samples=96, fast_decoder=True,
     ),
     "paper-single-stage": SINGLE_STAGE,
-    # One of the field's methods beside preference and the plain arm.
-    **{f"toybox-{name}":      TOYBOX_IMAGE | dict(arms=f"{name}, with, without") for name in OTHERS},
-    **{f"toybox-fast-{name}": TOYBOX_FAST | dict(arms=f"{name}, with, without") for name in OTHERS},
+    # Preference beside one of the other methods.
+    **{f"toybox-{name}":      TOYBOX_IMAGE | dict(arms=f"with, {name}") for name in OTHERS},
+    **{f"toybox-fast-{name}": TOYBOX_FAST | dict(arms=f"with, {name}") for name in OTHERS},
     # The rows of the paper's tables, one each; Table 4's first, second and last are Table 1's.
     "table-1-mvdream":      SINGLE_STAGE | dict(arms="without"),
     "table-1-dreamdpo":     SINGLE_STAGE | dict(arms="dreamdpo"),
