@@ -15,9 +15,10 @@ import secrets
 import signal
 import sys
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
-from psd.config import ARMS, FIELDS, MAX_SEED, PRESETS, RunConfig, Setting, arms_of
+from psd.config import ARMS, FIELDS, MAX_SEED, MODES, PRESETS, RunConfig, Setting, arms_of
 from psd.errors import NO_MEMORY, RequestError, is_out_of_memory
 from psd.events import Downloading, Finished, Started, Step
 from psd.models.needs import missing_models, told
@@ -52,6 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         check_name("preset", given.get("preset", RunConfig.preset), PRESETS)
         config = RunConfig.from_preset(**given)
+        if os.path.isdir(config.start):
+            config = replace(config, start=start_in(config))
         check_request(config, allow_local=True)
         make_folder(output)
         return follow(config, Path(output), quiet, allow_download)
@@ -120,6 +123,14 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         self.exit(EXIT_REFUSED, f"error: {message.rstrip('.')} (--help names every flag)\n")
+
+
+def start_in(config: RunConfig) -> str:
+    """The file to start from in the run's folder that is named. Raises RequestError."""
+    from psd.record import start_of  # which loads torch
+
+    check_name("mode", config.mode, MODES)
+    return str(start_of(Path(config.start), config.mode))
 
 
 def make_folder(output: str) -> None:

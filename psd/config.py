@@ -135,9 +135,9 @@ class RunConfig:
         label="Name the view to the reward (3D)", group="preference")
 
     start: str = setting("",
-        "Picture to change, in place of a start from noise: t_max says how much may change (0.5: what is there stays "
-        "recognisable).",
-        label="Start from a picture", group="method", local=True)
+        "What to change, in place of a start from noise: a picture, or in 3D an object's ARM_field.safetensors; t_max "
+        "says how much may change (0.5: what is there stays recognisable).",
+        label="Start from", group="method", local=True)
     noise: str = setting("fresh",
         "First noise of a step: fresh, or consistent = in 3D it lies on the object's surface, in an image it stays.",
         label="First noise", choices=("fresh", "consistent"), group="method")
@@ -282,6 +282,7 @@ class ModeInfo(NamedTuple):
 
     stage: str
     label: str
+    start: str = ""  # the kind of an arm's file (psd.record.KINDS) that a run can start from, if any
     multi_view: bool = False  # whether its prior must see several views at once
 
     def load(self) -> type:
@@ -290,8 +291,8 @@ class ModeInfo(NamedTuple):
 
 # What can be made. A new mode is a class that answers psd.contracts.Stage and a row here.
 MODES: dict[str, ModeInfo] = {
-    "image": ModeInfo("psd.modes.image:ImageStage", "Picture"),
-    "3d":    ModeInfo("psd.modes.object:ObjectStage", "3D object", multi_view=True),
+    "image": ModeInfo("psd.modes.image:ImageStage", "Picture", start="picture"),
+    "3d":    ModeInfo("psd.modes.object:ObjectStage", "3D object", start="field", multi_view=True),
 }  # fmt: skip
 
 

@@ -32,10 +32,10 @@ from PIL import Image
 from torch import Tensor
 
 import psd
-from psd.config import LOCAL, PICTURES, RunConfig, todays
+from psd.config import LOCAL, MODES, PICTURES, RunConfig, todays
 from psd.contracts import Artefact
 from psd.embedding import export_embedding, read_embedding
-from psd.errors import Abandoned, RequestError
+from psd.errors import Abandoned, RequestError, shown
 from psd.events import ArmResult, Preview
 from psd.export import PNG_KEY, export_archive, export_json, export_metrics
 from psd.methods import learns_negative
@@ -52,8 +52,8 @@ log = logging.getLogger(__name__)
 MANIFEST, METRICS, PREVIEWS, ARCHIVE = "run.json", "metrics.csv", "previews", "everything.zip"
 KINDS = {
     **{kind: f"{kind.removeprefix('picture')}.png" for kind in PICTURES},
-    "negative": "_negative.safetensors", "pairs": "_pairs.webp", "glb": ".glb", "views": "_views.png",
-    "turntable": ".mp4", "ply": ".ply", "obj": ".zip",
+    "negative": "_negative.safetensors", "pairs": "_pairs.webp", "glb": ".glb",
+    "field": "_field.safetensors", "views": "_views.png", "turntable": ".mp4", "ply": ".ply", "obj": ".zip",
 }  # fmt: skip
 SLOW = ("views", "turntable", "ply", "obj")  # the kinds that are written once every arm can be looked at
 KEPT_PREVIEWS = 20
@@ -102,7 +102,8 @@ class Record:
             )
         if config.start:
             digest = self.settings["start_sha256"] = hashlib.sha256(Path(config.start).read_bytes()).hexdigest()
-            self.remarks.append(f"Started from a picture (SHA-256 {digest[:16]}): restored settings do not bring it.")
+            what = MODES[config.mode].start
+            self.remarks.append(f"Started from a {what} (SHA-256 {digest[:16]}): restored settings do not bring it.")
         try:
             directory.mkdir(parents=True)
             export_json(directory / MANIFEST, self._manifest("running", 0.0, "", failed=False))
@@ -273,6 +274,19 @@ def read(directory: Path) -> Result:
         seconds=as_float(about.get("seconds")), stopped=about.get("stopped", ""), failed=about.get("failed", False),
         remarks=tuple(about.get("remarks", ())), preview=previews[-1] if previews else None,
     )  # fmt: skip
+
+
+def start_of(directory: Path, mode: str, arm: str = "") -> Path:
+    """The file in a run's folder that a run of `mode` can start from: of `arm`, or of the first that has one.
+
+    Raises RequestError.
+    """
+    arms, kind = read(directory).arms, MODES[mode].start
+    files = [found for name, each in arms.items() if arm in ("", name) and (found := each.files.get(kind))]
+    if not files:
+        whose = f"of arm {shown(arm)} " if arm else ""
+        raise RequestError(f"start names a run that has no {kind or 'file'} {whose}for mode {mode}.", "start")
+    return files[0]
 
 
 def read_arm(directory: Path, told: dict[str, Any]) -> ArmResult:

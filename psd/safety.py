@@ -34,6 +34,7 @@ from psd.models.hub import is_hub_id
 from psd.models.priors.table import PRIORS, prior_info
 from psd.models.rewards.table import is_differentiable, is_mixture, joint_views
 from psd.picture import check_image
+from psd.sculpted import read_sculpted
 
 MAX_ARMS = 6
 MAX_IMAGE_STEPS = 1000  # of the noise schedule: more would repeat timesteps
@@ -237,16 +238,27 @@ def check_negative(config: RunConfig, allow_local: bool, uploads: Path | None) -
 
 
 def check_start(config: RunConfig, allow_local: bool, uploads: Path | None) -> None:
-    """The picture that latents start from is there and can be read."""
+    """What the run starts from is there and can be read, and is what its mode makes."""
     if not config.start:
         return
-    if config.mode != "image":
-        raise RequestError(
-            f"start is a picture to change, for mode image, got mode {config.mode}: leave it out.", "start"
-        )
+    kind = MODES[config.mode].start
+    if not kind:
+        raise RequestError(f"start is for pictures and objects, got mode {config.mode}: leave it out.", "start")
     if not allow_local and not (uploads and is_below(config.start, uploads)):
-        raise RequestError("start must be an upload: send a PNG, JPEG or WebP picture.", "start")
-    check_image(config.start)
+        what = "a PNG, JPEG or WebP picture" if kind == "picture" else "an ARM_field.safetensors"
+        raise RequestError(f"start must be an upload or a run of this server: send {what}, or its name.", "start")
+    if kind == "picture":
+        check_image(config.start)
+        return
+    given = read_sculpted(config.start)
+    if given.kind != config.field:
+        raise RequestError(f"start holds a field of kind {given.kind}, got {config.field}: choose that one.", "field")
+    if config.field == "voxels" and given.resolution > config.grid_size:
+        raise RequestError(
+            f"start holds a grid of {given.resolution} voxels a side, got grid_size {config.grid_size}: set it to "
+            f"{given.resolution}.",
+            "grid_size",
+        )
 
 
 def is_below(path: str | Path, *folders: Path) -> bool:

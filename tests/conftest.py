@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 # Before torch is imported anywhere, and inherited by the processes that tests start.
 os.environ["OMP_WAIT_POLICY"] = "ACTIVE"  # with a short count, as psd sets it
 os.environ["GOMP_SPINCOUNT"] = "3000"
-os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))  # which share the cores
+os.environ.setdefault("OMP_NUM_THREADS", str(min(2, max(1, (os.cpu_count() or 1) // WORKERS))))
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 

@@ -110,6 +110,23 @@ def test_one_number_varies_under_the_same_names_in_arms_and_files(client: Client
         client.predict(prompt=PROMPT, vary="steps: 2, 3", api_name="/generate")
 
 
+def test_a_run_goes_on_from_another_by_its_name(client: Client, finished: list[tuple]):
+    run = finished[-1][1]["run"]
+    settings = dict(prompt=PROMPT, steps=2, t_max=0.05, arms="without", api_name="/generate")
+    _, status, _, paths = client.predict(start=f"{run}/with", **settings)
+    assert status["remarks"][0].startswith("Started from a picture")
+    *_, first_arm = client.predict(start=run, **settings)
+    assert Image.open(paths[0]).tobytes() == Image.open(first_arm[0]).tobytes()
+    *_, other = client.predict(start=f"{run}/without", **settings)
+    assert Image.open(paths[0]).tobytes() != Image.open(other[0]).tobytes()
+    for name, sentence in {
+        f"{run}/selection": "start names a run that has no picture of arm 'selection' for mode image",
+        "0123456789ab/with": "start must be an upload or a run of this server",
+    }.items():
+        with pytest.raises(ValidationError, match=sentence):
+            client.predict(start=name, **settings)
+
+
 def test_the_n_of_a_run_starts_another_one_as_an_upload(client: Client, finished: list[tuple]):
     learned = next(path for path in finished[-1][3] if path.endswith("with_negative.safetensors"))
     _, status, arms, paths = client.predict(

@@ -20,7 +20,7 @@ from torch import Tensor
 from psd import RunConfig, generate, record
 from psd.config import FIELDS, LOCAL
 from psd.contracts import Models
-from psd.embedding import ABOUT, export_embedding, read_embedding
+from psd.embedding import export_embedding, read_embedding
 from psd.errors import RequestError
 from psd.events import Finished
 from psd.methods.negative import starting_negative
@@ -28,6 +28,7 @@ from psd.models.hub import STRANGER
 from psd.models.priors import load_prior
 from psd.modes.image import ImageStage
 from psd.safety import check_request
+from psd.tensors import ABOUT
 from psd.toybox.evaluate import sample
 from psd.ui import form
 from tests import test_image, test_object3d

@@ -44,12 +44,19 @@ def start_n(path: Path) -> Any:
         form.checked({"prompt": "a lamp", "negative_from": {"path": str(path)}})
 
 
+def start_object(path: Path) -> Any:
+    with clear_errors():
+        form.checked({"prompt": "a lamp", "preset": "toybox-fast", "mode": "3d", "start": {"path": str(path)}})
+
+
 def look_at(path: Path) -> Any:
     with clear_errors():
         read_glb(path)
 
 
-DOORS: dict[str, Callable[[Path], Any]] = {"restore": restore, "score": score, "start n": start_n, "look at": look_at}
+DOORS: dict[str, Callable[[Path], Any]] = {
+    "restore": restore, "score": score, "start n": start_n, "start an object": start_object, "look at": look_at,
+}  # fmt: skip
 
 
 def resident_mb(which: str) -> float:

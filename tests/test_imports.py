@@ -20,7 +20,8 @@ MODULES = {
 LAYERS = [
     {"psd.presets"},
     {"psd", "psd.errors", "psd.export", "psd.config", "psd.guidance"},
-    {"psd.scene", "psd.schedule", "psd.events", "psd.embedding", "psd.picture"},
+    {"psd.tensors"},
+    {"psd.scene", "psd.schedule", "psd.events", "psd.embedding", "psd.sculpted", "psd.picture"},
     {"psd.contracts"},
     {"psd.models"},
     {"psd.methods", "psd.score", "psd.pairs", "psd.distil"},
@@ -153,6 +154,7 @@ def test_shapes_in_annotations_are_checked_here():
         ("psd.safety", LATE),
         ("psd.content", LATE),
         ("psd.embedding", LATE),
+        ("psd.sculpted", LATE),
         ("psd.models.priors", LATE),
         ("psd.models.rewards", LATE),
         ("psd.events", LATE | {"numpy"}),

@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.browser, pytest.mark.timeout(LAST_S + 200)]
 
 MOST = 0.1  # layout shift of a phase, by web.dev's measure of a good page
 QUICK = {
-    "image": "&preset=toybox-quick&steps=4&prompt=a+red+mushroom",
+    "image": "&preset=toybox-quick&steps=24&prompt=a+red+mushroom",
     "3d": "&mode=3d&preset=toybox-fast&steps=3&prompt=a+red+mushroom",
 }
 

@@ -26,7 +26,7 @@ from tests.gaussian import PlainReward
 from tests.test_priors import make_prior_folder
 
 OBJECT_KINDS = [kind for kind in record.KINDS if not kind.startswith("picture_")]
-ARM_FILES = [".png", "_views.png", ".mp4", ".glb", ".ply", ".zip"]
+ARM_FILES = [".png", "_views.png", ".mp4", ".glb", ".ply", ".zip", "_field.safetensors"]
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def first_look(directory: Path) -> bool:
     found = record.read(directory)
     kinds = {name: list(arm.files) for name, arm in found.arms.items()}
     assert found.state == "writing" and all(arm.scores and arm.picture for arm in found.arms.values())
-    return kinds == {"with": ["picture", "negative", "pairs", "glb"], "without": ["picture", "glb"]}
+    return kinds == {"with": ["picture", "negative", "pairs", "glb", "field"], "without": ["picture", "glb", "field"]}
 
 
 def test_who_leaves_while_slower_files_are_written_keeps_the_meshes(config: RunConfig, tmp_path: Path):
@@ -149,7 +149,7 @@ def test_a_codec_that_fails_costs_the_turntable_alone(config: RunConfig, tmp_pat
 def test_an_object_without_a_surface_has_pictures_and_says_why_it_has_no_mesh(config: RunConfig, tmp_path: Path):
     *_, last = generate(replace(config, steps=60, arms="without", lambda_opacity=1e4, lr=1.0), tmp_path)
     assert last.failed and "the scene became empty" in last.stopped
-    assert set(last.arms["without"].files) == {"picture", "views", "turntable"}
+    assert set(last.arms["without"].files) == {"picture", "field", "views", "turntable"}
     (remark,) = last.remarks
     assert remark.startswith("The scene is empty") and last.arms["without"].remarks["glb"] == {"reason": remark}
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from psd import guidance
 from psd.config import RunConfig
 from psd.contracts import Answer, Ask, Guided, Now, Prior, Setup
-from psd.embedding import read_embedding, refusal
+from psd.embedding import FILE, read_embedding
 from psd.methods.sds import distilled, noisy
 
 
@@ -31,7 +31,7 @@ def starting_negative(config: RunConfig, prior: Prior, runs: int = 1) -> Float[T
     if given.shape != embedded.shape[1:]:
         found, needed = list(given.shape), list(embedded.shape[1:])
         why = f"holds an array of {found}, {prior.name} reads {needed}"
-        raise refusal(config.negative_from, why, "a run with this prior")
+        raise FILE.refusal(config.negative_from, why, "a run with this prior")
     return given.to(embedded.device).repeat(runs, 1, 1)
 
 

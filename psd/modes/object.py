@@ -9,6 +9,9 @@ import copy
 import math
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +29,7 @@ from psd.scene.cameras import camera_embedding, camera_rays, sample_cameras
 from psd.scene.fields import (
     ConstantBackground,
     DirectionalBackground,
+    Field,
     HashField,
     ShadowedBackground,
     VoxelField,
@@ -39,6 +43,7 @@ from psd.scene.rig import Frame
 from psd.scene.scene import FieldScene
 from psd.schedule import NoiseSchedule, further_noise
 from psd.score import BoundScore
+from psd.sculpted import FILE, export_sculpted, read_sculpted
 
 BLOB_DENSITY = 10.0  # in the middle of the ball that a field starts from
 OCCUPANCY_EVERY = 16  # steps
@@ -155,6 +160,8 @@ class ObjectStage:
         torch.manual_seed(config.seed)  # modules draw their first weights from the global generator
         field = start_field(config, self.frame.radius).to(prior.device)
         background = start_background(config, self.frame).to(prior.device)
+        if config.start:
+            resume(field, background, config.start)
         y, n_0 = prior.embed([config.prompt]), starting_negative(config, prior)
         self.sculptures: dict[str, Sculpture] = {}
         self.arms: dict[str, Arm] = {}
@@ -274,7 +281,14 @@ class ObjectStage:
             views = pictures.painting_views(scene, self.frame, size, samples)
             return extract_mesh(scene.field, target_faces=self.config.mesh_faces, views=views)
 
-        return pictures.artefacts_of(scene, self.frame, samples, mesh)
+        yield from pictures.artefacts_of(scene, self.frame, samples, mesh)
+        yield Artefact("field", partial(self._write_sculpted, arm))
+
+    def _write_sculpted(self, arm: str, path: Path, about: dict[str, Any]) -> None:
+        sculpture = self.sculptures[arm]
+        states = (sculpture.field.state(), sculpture.background.state_dict())
+        arrays = ({name: each.float().cpu().numpy() for name, each in state.items()} for state in states)
+        export_sculpted(path, *arrays, {name: about[name] for name in ("arm", "prompt", "prior") if name in about})
 
     def _resized(self, images: Float[Tensor, "V 3 h w"]) -> Float[Tensor, "V 3 H W"]:
         side = self.models.prior.image_size
@@ -287,6 +301,21 @@ def start_field(config: RunConfig, radius: float) -> nn.Module:
         return HashField(radius=radius, density_bias=(BLOB_DENSITY, 0.5 * radius))
     gain = (config.lr_density or config.lr) / config.lr
     return VoxelField(config.grid_size, radius, (BLOB_DENSITY, 0.5 * radius), config.lr, gain)
+
+
+def resume(field: Field, background: nn.Module, path: str) -> None:
+    """Go on from a file's field, and from its background where that is of the same kind. Raises RequestError."""
+    given = read_sculpted(path)
+    state, behind = (
+        {name: torch.from_numpy(values) for name, values in part.items()} for part in (given.field, given.background)
+    )
+    try:
+        field.take(state)
+    except RuntimeError as error:
+        raise FILE.refusal(path, "holds a field of other sizes") from error
+    own = background.state_dict()
+    if {name: each.shape for name, each in own.items()} == {name: each.shape for name, each in behind.items()}:
+        background.load_state_dict(behind)
 
 
 def annealed_rate(end: float, share: float) -> float:

@@ -79,6 +79,14 @@ class Field(nn.Module):
         """For an optimiser: parameters and their learning rates."""
         raise NotImplementedError
 
+    def state(self) -> dict[str, Tensor]:
+        """What another field of this class can go on from (`take`)."""
+        return self.state_dict()
+
+    def take(self, state: dict[str, Tensor]) -> None:
+        """Go on from what a field of this class was. Raises RuntimeError where the two do not fit."""
+        self.load_state_dict(state)
+
 
 class VoxelField(Field):
     """Trilinear interpolation of a grid [1, 4, R, R, R]: raw density and raw rgb; axes z, y, x; corners on the box's.
@@ -122,6 +130,20 @@ class VoxelField(Field):
 
     def parameter_groups(self) -> list[dict]:
         return [{"params": [self.voxels], "lr": self.learning_rate}]
+
+    @torch.no_grad()
+    def state(self) -> dict[str, Tensor]:
+        """The grid's raw values, without the gain."""
+        return {"voxels": self.voxels * self._gains()}
+
+    @torch.no_grad()
+    def take(self, state: dict[str, Tensor]) -> None:
+        """At this field's resolution."""
+        grid = state["voxels"].to(self.voxels) / self._gains()
+        self.voxels.copy_(grid if grid.shape[-1] == self.resolution else upsampled(grid, self.resolution))
+
+    def _gains(self) -> Float[Tensor, "1 4 1 1 1"]:
+        return self.voxels.new_tensor([self.density_gain, 1, 1, 1]).view(1, 4, 1, 1, 1)
 
     @torch.no_grad()
     def refine(self, resolution: int) -> None:

@@ -39,10 +39,10 @@ Returns:
     status: step, steps, seconds, ETA, seed, warnings, metrics of the step, whether it waits for another run, and the
         download if there is one before the first step. In the last item finished is true, stopped says why the run
         ended early ("" if it did not), failed whether it broke down, remarks what could not be made or is not in the
-        settings, config all of these.
+        settings, config all of these, run the name that `start` takes.
     arms: of each arm, in their order, its raw scores (the target reward, a mixture's members, the held-out judges), the
         names of its files by kind (picture; negative, the n that it learned; of an object also glb, views, turntable,
-        ply, obj), and remarks on them (last item only).
+        ply, obj, field), and remarks on them (last item only).
     files: every file of the run, among them metrics.csv and run.json (last item only).
 """
 
@@ -100,7 +100,7 @@ def answer(view: View) -> tuple:
     result = read(view.directory)
     status |= {
         "stopped": result.stopped, "failed": result.failed, "remarks": list(result.remarks),
-        "config": view.config.to_dict(),
+        "config": view.config.to_dict(), "run": view.directory.name,
     }  # fmt: skip
     arms = {
         name: {

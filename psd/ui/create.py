@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from psd.models.rewards.table import EXAMPLE, REWARDS
 from psd.modes.pictures import TURNTABLE_FRAMES
 from psd.ui.examples import Example
 from psd.ui.form import GROUPS, NAMES, START, control, download_box, model_note
-from psd.ui.show import COMPARE, LOOKS, MODELS, MORE, OUTPUTS, SIDES, opening
+from psd.ui.show import COMPARE, LOOKS, MODELS, MORE, ONWARD, OUTPUTS, SIDES, opening
 
 FRAME_PX = 380  # of the picture, at most, so that scores and plots are in view with it (style.css: --psd-frame)
 COPIES = {"link": "Link", "python": "Python", "curl": "curl", "shell": "Command line"}  # page.js writes each
@@ -47,7 +47,7 @@ def build_create(shown: list[Example], prompts: list[dict[str, Any]]) -> Page:
             outputs, models = build_results(opening(shown))
             galleries = build_galleries(shown)
         with gr.Column(elem_id="settings", min_width=0):
-            chosen, more = build_settings()
+            chosen, more = build_settings(asked)
             more |= build_sharing()
     controls = {name: {**asked, **chosen}[name] for name in NAMES}
     return Page(controls, {**form, **more}, outputs, models, galleries, shown, prompts)
@@ -78,11 +78,15 @@ def build_question(prompts: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[
         label="Try one", components=[prompt], type="index", elem_id="prompts",
         samples=[[saved["prompt"]] for saved in prompts], samples_per_page=len(prompts) or 1,
     )  # fmt: skip
-    return {"mode": mode, "prompt": prompt}, form
+    # Beside the question: what a run starts from is what it is about.
+    with gr.Accordion("Start from a picture or an earlier run", open=False, elem_id="begin") as form["begin"]:
+        start = control("start")
+    return {"mode": mode, "prompt": prompt, "start": start}, form
 
 
-def build_settings() -> tuple[dict[str, Any], dict[str, Any]]:
-    """How to draw it, the few that matter most in view: (control of each field, the other components)."""
+def build_settings(asked: Collection[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """How to draw it but for what is `asked`, the few that matter most in view: (control of each field, the other
+    components)."""
     form: dict[str, Any] = {}
     controls: dict[str, Any] = {}
     models = START.prior, START.reward, START.fast_decoder
@@ -111,7 +115,9 @@ def build_settings() -> tuple[dict[str, Any], dict[str, Any]]:
                     controls["prior"] = dropdown("prior", PRIORS, custom=True)
                     form["models"] = html(model_note(*models), elem_id="models_note")
                     controls["negative_prompt"] = control("negative_prompt")
-                for name in (name for name in NAMES if FIELDS[name].group == group and name not in controls):
+                for name in (
+                    name for name in NAMES if FIELDS[name].group == group and name not in {**controls, **asked}
+                ):
                     controls[name] = control(name)
     return controls, form
 
@@ -163,7 +169,9 @@ def build_results(first: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
             build_besides(outputs, opened)
     outputs["gallery"] = html(elem_id="gallery")
     outputs["strips"] = html(**first.get("strips", {}), elem_id="strips")
-    outputs["more"] = gr.Button(MORE, size="sm", elem_id="more", visible=False)
+    with gr.Row(elem_classes="pair"):
+        outputs["onward"] = gr.Button(ONWARD, size="sm", elem_id="onward", visible=False, min_width=0)
+        outputs["more"] = gr.Button(MORE, size="sm", elem_id="more", visible=False, min_width=0)
     outputs["files"] = html(elem_id="files")
     outputs["directory"] = gr.State(None)
     outputs["looked_at"] = gr.State(())  # the run's folder and the arms under the slider

@@ -47,6 +47,13 @@ def run_folder(name: object) -> Path | None:
     return folder if folder is not None and folder.is_dir() else None
 
 
+def run_and_arm(name: object) -> tuple[Path, str] | None:
+    """The folder and the arm that "RUN" or "RUN/ARM" names; None where there is no such run."""
+    run, _, arm = name.partition("/") if isinstance(name, str) else ("", "", "")
+    folder = run_folder(run)
+    return (folder, arm) if folder else None
+
+
 def prune_uploads() -> None:
     """Keep the newest uploads alone. A shared default cache may hold other apps' files: only a folder that was given
     to this one is tidied."""

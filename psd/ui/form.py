@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from html import escape
 from typing import Any
 
@@ -19,8 +20,9 @@ from psd.models.hub import is_cached, is_hub_id
 from psd.models.needs import models_of
 from psd.models.priors.table import PRIORS, DecoderInfo, PriorInfo, gpu_memory
 from psd.models.rewards.table import REWARDS, RewardInfo, reward_terms
+from psd.record import start_of
 from psd.safety import TABLES, check_field, check_name, check_request, names_of
-from psd.ui.files import cache_root
+from psd.ui.files import cache_root, run_and_arm
 
 NAMES = tuple(FIELDS)
 START = RunConfig.from_preset()  # what the page opens with
@@ -46,7 +48,10 @@ ALLOW_DOWNLOAD_HELP = "Fetch models that are not on the server yet; whoever sets
 
 def help_line(name: str) -> str:
     """The field's own help; over the network a prior is one of the listed names only, and a file an upload."""
-    return "Diffusion model." if name == "prior" else f"{'Upload. ' if name in LOCAL else ''}{FIELDS[name].help}"
+    if name == "prior":
+        return "Diffusion model."
+    where = {"start": "Upload, or RUN/ARM of a run on this server. "}.get(name, "Upload. " if name in LOCAL else "")
+    return where + FIELDS[name].help
 
 
 def named(values: Sequence[Any]) -> dict[str, Any]:
@@ -60,7 +65,10 @@ def named(values: Sequence[Any]) -> dict[str, Any]:
 
 UPLOADS = {
     "negative_from": ("an ARM_negative.safetensors", [".safetensors"]),
-    "start": ("a PNG, JPEG or WebP", [".png", ".jpg", ".jpeg", ".webp"]),
+    "start": (
+        "a picture, or an ARM_field.safetensors of an object",
+        [".png", ".jpg", ".jpeg", ".webp", ".safetensors"],
+    ),
 }
 ARM_LABELS = {
     "with": "with preference", "csd": "CSD", "sdi": "SDI", "cfd": "CFD", "vsd": "VSD", "dreamdpo": "DreamDPO",
@@ -117,6 +125,9 @@ def checked(settings: Mapping[str, Any]) -> RunConfig:
             check_field(FIELDS[name], settings[name])
             check_name(name, settings[name], TABLES[name])
     config = RunConfig.from_preset(settings.pop("preset", None), **settings)
+    if named_run := run_and_arm(config.start):
+        folder, arm = named_run
+        config = replace(config, start=str(start_of(folder, config.mode, arm)))
     check_request(config, uploads=cache_root())
     return config
 

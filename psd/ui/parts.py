@@ -45,7 +45,7 @@ READ_TERMS = "How far each pulls at a step: to the likely, to the prompt, to the
 BASELINE = "without"  # changes are told against this arm where it ran, else against the last one
 FILES = {
     "picture": "PNG", **{kind: f"PNG {kind.removeprefix('picture_')}" for kind in PICTURES[1:]},
-    "negative": "Learned n", "pairs": "What the reward saw", "glb": "GLB", "ply": "PLY", "obj": "OBJ",
+    "negative": "Learned n", "pairs": "What the reward saw", "glb": "GLB", "ply": "PLY", "obj": "OBJ", "field": "Field",
     "turntable": "MP4", "views": "Views",
 }  # fmt: skip
 SO_FAR = "Scores so far"

@@ -25,10 +25,11 @@ SIDES = ("left", "right")  # of the slider, the viewers and the turntables: two 
 MODELS = ("left_model", "right_model")
 # What a run changes, in the order of every update below.
 OUTPUTS = ("status", "preview", "gallery", "chooser", "left", "right", "slider", "angle", "single", "object",
-           "left_video", "right_video", "views", "scores", "files", "charts", "strips", "more", "directory",
+           "left_video", "right_video", "views", "scores", "files", "charts", "strips", "onward", "more", "directory",
            "looked_at")  # fmt: skip
 HIDDEN = {"visible": False}
 MORE = "Four more like this"
+ONWARD = "Continue from this"
 LOOKS = {"solid": "Surface", "wireframe": "Wireframe"}  # of both meshes, by gradio's names
 COMPARE = "Full screen"
 OPENING = ("slider", "left_video", "right_video")
@@ -70,7 +71,7 @@ def opening(shown: Sequence[Example]) -> dict[str, dict[str, Any]]:
 
 def show_cleared(config: RunConfig) -> list[Any]:
     """The page before a run."""
-    hidden = {name: gr.update(**HIDDEN) for name in ("chooser", "slider", "angle", "single", "more")}
+    hidden = {name: gr.update(**HIDDEN) for name in ("chooser", "slider", "angle", "single", "onward", "more")}
     hidden |= {f"{side}_video": gr.update(value=None, **HIDDEN) for side in SIDES}
     label = "Preview: " + " | ".join(map(arm_label, arms_of(config)))
     return updates(
@@ -138,12 +139,19 @@ def show_end(result: Result, warnings: tuple[str, ...] = ()) -> list[Any]:
         files=parts.downloads(result),
         charts=parts.charts(result.rows, steps, target, list(result.arms)) if result.rows else gr.skip(),
         strips=strips(result),
+        onward=gr.update(visible=bool(pair) and start_kind(result) in result.arms[pair[0]].files),
         more=gr.update(value=MORE, visible=bool(seen) and result.settings.get("mode") == "image"),
         directory=str(result.directory),
         looked_at=(str(result.directory), *pair),
         **sides,
         **of_pair(result, pair),
     )
+
+
+def start_kind(result: Result) -> str:
+    """The kind of file that another run of its mode can start from; "" where there is none."""
+    mode = result.settings.get("mode")
+    return MODES[mode].start if mode in MODES else ""
 
 
 def compared(names: Sequence[str]) -> tuple[str, ...]:

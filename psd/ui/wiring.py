@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from html import escape
 from pathlib import Path
@@ -15,7 +15,8 @@ import spaces
 from psd.config import MAX_SEED, MODES, RunConfig, presets_of, seeds_of
 from psd.errors import RequestError
 from psd.models.needs import check_downloads
-from psd.record import Result, read, settings_of
+from psd.record import Result, read, settings_of, start_of
+from psd.sculpted import read_sculpted
 from psd.ui import api
 from psd.ui.create import COPIES, Page
 from psd.ui.estimate import check_work, note_speed
@@ -23,6 +24,7 @@ from psd.ui.examples import Example
 from psd.ui.files import is_asked_to_stop, run_folder
 from psd.ui.form import (
     NAMES,
+    arm_label,
     checked,
     download_box,
     fill,
@@ -46,6 +48,7 @@ from psd.ui.show import (
     show_models,
     show_pair,
     show_turntables,
+    shown_pair,
     shows,
     updates,
 )
@@ -53,6 +56,7 @@ from psd.ui.watch import clear_errors, fetch, stop, watch
 
 MAX_HISTORY = 30
 MAX_WAITING = 16
+CONTINUED_T_MAX = 0.5  # of a run that goes on from another: what is there stays recognisable
 PRIVATE = {"api_visibility": "private"}
 LIGHT = {**PRIVATE, "concurrency_limit": 8, "show_progress": "hidden"}
 
@@ -155,6 +159,7 @@ def connect_results(demo: gr.Blocks, header: gr.HTML, page: Page) -> None:
     drawn = [page.controls["seed"], page.controls["images"]]
     more = outputs["more"].click(four_more, drawn, [*drawn, page.form["randomise"]], **LIGHT)
     more.then(None, js="() => document.querySelector('#run').click()", **PRIVATE)
+    outputs["onward"].click(continue_from, looked_at, [*page.controls.values(), page.form["begin"]], **LIGHT)
 
     def show_from(examples: list[Example]) -> Callable[[gr.SelectData], list[Any]]:
         def show_example(event: gr.SelectData) -> list[Any]:
@@ -229,6 +234,25 @@ def four_more(seed: int, images: int) -> tuple[int, int, bool]:
     return seeds_of(int(seed), int(images) + 1)[-1], 4, False
 
 
+def continue_from(looked_at: Sequence[str]) -> list[Any]:
+    """The form goes on from the arm on the left: its file, its mode, and a noise that leaves it recognisable.
+
+    Raises gr.Error where its files have been tidied away.
+    """
+    result, pair = shown_pair(looked_at)
+    with clear_errors():
+        if not pair:
+            raise RequestError("This run's files have been tidied away; press Run to draw it again.")
+        path = start_of(result.directory, result.settings["mode"], pair[0])
+        settings = {"start": str(path), "mode": result.settings["mode"], "t_max": CONTINUED_T_MAX}
+        if settings["mode"] == "3d":
+            given = read_sculpted(path)
+            settings |= {"field": given.kind}
+            settings |= {"grid_size": given.resolution} if given.kind == "voxels" else {}
+    gr.Info(f"Run goes on from “{arm_label(pair[0])}”: change the prompt, the reward or a setting, then press Run.")
+    return [*fill(settings), gr.update(open=True)]
+
+
 def choose_preset(preset: str) -> list[Any]:
     with clear_errors():
         return fill_preset(preset)
@@ -287,7 +311,7 @@ def restore_file(path: str | None) -> list[Any]:
         found = settings_of(Path(path))
         settings = checked(found).to_dict()
     more = " The file that n started from is not in them: drop it again." if found.get("negative_from_sha256") else ""
-    more += " The picture it started from is not in them: drop it again." if found.get("start_sha256") else ""
+    more += " What it started from is not in them: drop it again." if found.get("start_sha256") else ""
     gr.Info(f"Settings restored.{more}")
     return [*fill(settings), False]
 
