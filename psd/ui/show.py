@@ -139,7 +139,7 @@ def show_end(result: Result, warnings: tuple[str, ...] = ()) -> list[Any]:
         files=parts.downloads(result),
         charts=parts.charts(result.rows, steps, target, list(result.arms)) if result.rows else gr.skip(),
         strips=strips(result),
-        onward=gr.update(visible=bool(pair) and start_kind(result) in result.arms[pair[0]].files),
+        onward=gr.update(value=ONWARD, visible=bool(pair) and start_kind(result) in result.arms[pair[0]].files),
         more=gr.update(value=MORE, visible=bool(seen) and result.settings.get("mode") == "image"),
         directory=str(result.directory),
         looked_at=(str(result.directory), *pair),
