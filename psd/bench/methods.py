@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from psd.bench import image, scene
 from psd.bench.paired import Rows
 
-PROMPTS, SEEDS = 20, 2
+PROMPTS, SEEDS, BATCH = 20, 2, {"methods": 5, "methods-3d": 1}
 ROWS: Rows = {
     "score distillation": ("without", {}),
     "PSD": ("with", {}),
@@ -21,6 +21,8 @@ ROWS: Rows = {
     "RewardVSD": ("rewardvsd", {}),
 }
 TABLES = {
-    name: SimpleNamespace(**vars(bench) | dict(__doc__=__doc__, ROWS=ROWS, PROMPTS=PROMPTS, SEEDS=SEEDS))
+    name: SimpleNamespace(
+        **vars(bench) | dict(__doc__=__doc__, ROWS=ROWS, PROMPTS=PROMPTS, SEEDS=SEEDS, BATCH=BATCH[name])
+    )
     for name, bench in (("methods", image), ("methods-3d", scene))
 }
