@@ -19,6 +19,8 @@ REBUILT = Passes(decode=1)  # lambda_rgb: the guided x0-hat in pixels
 def passes_of(arm: RunConfig) -> Passes:
     """Of one sample and step of an arm, on average over its intervals; neither curve nor preview."""
     info = METHODS[arm.method]
+    if info.samples:
+        return info.passes_of(arm)
     total = info.passes_of(arm).plus(OF_MODE[arm.mode])
     if info.ranks:
         total = total.plus(info.ranked, 1 / arm.pref_interval)

@@ -143,6 +143,7 @@ class Ask(NamedTuple):
     x_t: Float[Tensor, "N B C h w"]
     conds: tuple[Float[Tensor, "S L D"], ...]
     t: int | None = None  # None: the step's
+    poses: Float[Tensor, "B 16"] | None = None  # None: the step's
 
 
 Answer = tuple[Float[Tensor, "N B C h w"], ...]  # eps-hat, one a condition

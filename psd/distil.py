@@ -98,8 +98,8 @@ def answered(
                 x_t.append(ask.x_t.flatten(0, 1))
                 conds.append(cond.expand(samples, -1, -1).repeat(noises, 1, 1))
                 ts += [t if ask.t is None else ask.t] * len(x_t[-1])
-                if poses is not None:
-                    cameras.append(poses.repeat(noises, 1))
+                if (seen_from := poses if ask.poses is None else ask.poses) is not None:
+                    cameras.append(seen_from.repeat(noises, 1))
         at = ts[0] if len(set(ts)) == 1 else torch.tensor(ts, device=prior.device)
         eps = prior.eps(torch.cat(x_t), at, torch.cat(conds), torch.cat(cameras) if cameras else None)
         rows = iter(eps.split([len(each) for each in x_t]))

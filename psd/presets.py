@@ -8,6 +8,7 @@ from typing import Any
 ARMS: dict[str, dict[str, Any]] = {
     "with":          {},
     "without":       dict(method="sds"),
+    "sampling":      dict(method="sampling"),
     "selection":     dict(pref_weight=0.0, negative_lr=0.0),
     "no-negative":   dict(negative_lr=0.0),
     "paper-form":    dict(pref_form="paper"),
@@ -22,9 +23,10 @@ ARMS: dict[str, dict[str, Any]] = {
     "rewardvsd":     dict(method="rewardvsd", rank="group"),
 }  # fmt: skip
 OTHERS = ("csd", "sdi", "cfd", "vsd", "dreamdpo", "dreamreward", "rewardsds", "rewardvsd")  # the field's other methods
-# What an arm sets in mode image beyond its row: two methods' steps are none of DDIM's. The judge chose the rates, on
-# other captions (README.md).
+# What an arm sets in mode image beyond its row: there DDIM is the plain method's, and two methods' steps are none of
+# DDIM's. The judge chose the rates, on other captions (README.md).
 IMAGE_ARMS: dict[str, dict[str, Any]] = {
+    "sampling": dict(method="sds", update="ddim"),
     "csd": dict(update="adam", lr=5e-3),
     "sdi": dict(update="adam", lr=1e-2),
 }

@@ -279,6 +279,12 @@ def check_mode(config: RunConfig) -> None:
             f"for mode {config.mode} choose {suited} or a local multi-view folder.",
             "prior",
         )
+    if METHODS[config.method].samples and not MODES[config.mode].multi_view:
+        raise RequestError(
+            f"method {config.method} draws several views at once, got mode {config.mode}: choose mode 3d, or method "
+            "sds, which is DDIM in mode image.",
+            "method",
+        )
     if config.mode == "3d" and config.images > 1:
         raise RequestError(f"images must be 1 in mode 3d, got {config.images}: an object takes a run.", "images")
     if config.mode == "image" and config.steps > MAX_IMAGE_STEPS:

@@ -24,6 +24,7 @@ from PIL import Image
 from psd.config import LOCAL, MAX_PROMPT_CHARS, RunConfig
 from psd.errors import RequestError
 from psd.models.rewards.table import REWARDS
+from psd.presets import OTHERS
 from psd.record import read, settings_of
 from psd.ui import api, create, examples, files, form, parts, plots, watch, wiring
 
@@ -391,11 +392,15 @@ def test_saved_prompts_are_valid_requests():
 def test_precomputed_examples_are_complete():
     index = json.loads((EXAMPLES / "index.json").read_text(encoding="utf-8"))
     shown = examples.load_examples()
-    assert len(shown) == len(index) == len(examples.load_prompts())
+    methods = json.loads((EXAMPLES / "methods.json").read_text(encoding="utf-8"))
+    assert len(shown) == len(index) == len(examples.load_prompts()) + len(methods)
     for example in shown:
         result = read(example.directory)
         assert result.state == "done" and result.rows
-        assert set(result.arms) == {"with", "without"} and all(arm.scores for arm in result.arms.values())
+        assert set(result.arms) == (
+            {"with", "without", *OTHERS} if example.gallery == "methods" else {"with", "without"}
+        )
+        assert all(arm.scores for arm in result.arms.values())
         assert set(result.files) <= set(example.directory.iterdir())
         settings = RunConfig.from_dict(result.settings).to_dict()  # an older example lacks newer settings
         assert form.checked(settings_of(example.thumbnail)).to_dict() == settings

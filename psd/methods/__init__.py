@@ -32,6 +32,8 @@ class Passes(NamedTuple):
         return Passes(*(own + share * other for own, other in zip(self, more)))
 
 
+SAMPLED_LEVELS = 50  # of DDIM, at most
+
 PLAIN = Passes(unet=2)  # eps-hat under y and n
 RANKED = Passes(unet=2, decode=2, reward=2)  # a second noise, and both of a pair decoded and scored
 LEARNED = Passes(unet_grad=1, decode_grad=1, reward_grad=1)  # the winner's reward down to n
@@ -48,6 +50,7 @@ class MethodInfo(NamedTuple):
     ranked: Passes = RANKED  # on top, on every preference step of one that ranks
     learned: Passes = LEARNED  # on top, where an n that learns moves
     climbs: bool = False  # whether it needs the reward's gradient whatever n does
+    samples: bool = False  # whether it draws views of its own and no object: of modes whose prior draws several at once
 
     def load(self) -> type[Method]:
         return resolve_name(self.method)
@@ -88,6 +91,10 @@ METHODS: dict[str, MethodInfo] = {
         learns=True,
     ),
     "sds": MethodInfo("psd.methods.sds:SDS", "Plain score distillation; in image mode it is DDIM."),
+    "sampling": MethodInfo(
+        "psd.methods.sampling:Sampling", "Views by DDIM of a multi-view prior, no object.", samples=True,
+        passes=lambda config: Passes(unet=2 * min(SAMPLED_LEVELS, config.steps) / config.steps),
+    ),
     "negative": MethodInfo("psd.methods.negative:NegativeOnly", "The learned n alone (Sec. 3.3).", learns=True),
     "csd": MethodInfo(
         "psd.methods.csd:CSD", "Classifier score distillation: guidance alone.",

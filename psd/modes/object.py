@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
@@ -171,7 +170,10 @@ class ObjectStage:
             score = BoundScore(models.decode, models.reward, [config.prompt], arm.rank, arm.view_prompts)
             setup = Setup(arm, prior, y, n_0, score, self.schedule, prior.views)
             self.arms[name] = Arm(name, arm, METHODS[arm.method].load()(setup), score)
-            self.sculptures[name] = Sculpture.start(arm, field, background, prior.device)
+            if not METHODS[arm.method].samples:
+                self.sculptures[name] = Sculpture.start(arm, field, background, prior.device)
+        self.renders: dict[str, Tensor] = {}
+        self.opacity: dict[str, float] = {}
 
     def start(self) -> Generator[Ask, Answer, None]:
         yield from ()
@@ -208,7 +210,9 @@ class ObjectStage:
         renders = {name: each.render(drawn, size) for name, each in self.sculptures.items()}
         images = {name: self._resized(seen.rgb) for name, seen in renders.items()}
         self._lay_noise(drawn, renders)
-        return Observed({name: self.models.prior.encode(each) for name, each in images.items()}, renders, images)
+        x_c = {name: self.models.prior.encode(each) for name, each in images.items()}
+        sampled = {name: arm.method.x_c for name, arm in self.arms.items() if name not in self.sculptures}
+        return Observed(x_c | sampled, renders, images)
 
     @torch.no_grad()
     def _lay_noise(self, drawn: Drawn, renders: dict[str, Rendering]) -> None:
@@ -229,14 +233,16 @@ class ObjectStage:
 
     def apply(self, drawn: Drawn, observed: Observed, guided: dict[str, Guided]) -> str:
         """Surrogate (x_c * g).sum() / views and the losses; one backward for all arms, which share no parameter."""
+        if not self.sculptures:
+            return ""
         loss: Tensor | float = 0.0
-        for name, each in guided.items():
-            x_c, sculpture = observed.x_c[name], self.sculptures[name]
-            loss = loss + (x_c * each.g).sum() / len(x_c)
+        for name, sculpture in self.sculptures.items():
+            x_c, g = observed.x_c[name], guided[name].g
+            loss = loss + (x_c * g).sum() / len(x_c)
             loss = loss + sculpture.regularisers(observed.renders[name], drawn.share)
             if sculpture.config.lambda_rgb:
                 with torch.no_grad():  # weighting recon: x_c - g is the guided x0-hat
-                    target = self.models.prior.decode(x_c - each.g)
+                    target = self.models.prior.decode(x_c - g)
                 loss = loss + sculpture.config.lambda_rgb * image_loss(observed.images[name], target)
         for sculpture in self.sculptures.values():
             sculpture.optimizer.zero_grad(set_to_none=True)
@@ -254,27 +260,47 @@ class ObjectStage:
         return next(filter(None, failures), "")
 
     def report(self, arm: str) -> dict[str, float]:
-        return {"opacity": self.opacity[arm]}
+        return {"opacity": self.opacity[arm]} if arm in self.opacity else {}
 
     @torch.no_grad()
     def views(self) -> dict[str, Float[Tensor, "V 3 H W"]]:
-        """The last step's renders, at the prior's size."""
-        return {name: self._resized(render) for name, render in self.renders.items()}
+        """The last step's renders, at the prior's size; of an arm that has no object what it draws."""
+        return {
+            name: self._resized(self.renders[name])
+            if name in self.renders
+            else self.models.decode(arm.method.x_c).float()
+            for name, arm in self.arms.items()
+        }
 
     def preview(self, views: dict[str, Float[Tensor, "V 3 H W"]]) -> UInt8[np.ndarray, "height width 3"]:
         """Four sides of every arm's object, a row an arm; always from the same cameras, so that nothing jumps."""
         cameras = pictures.around(self.frame, pictures.SHEET_VIEWS)
-        scenes = [sculpture.scene for sculpture in self.sculptures.values()]
-        rows = [scene.render(cameras, PREVIEW_PX, samples=self.config.samples).rgb for scene in scenes]
+        rows = [
+            self.sculptures[name].scene.render(cameras, PREVIEW_PX, samples=self.config.samples).rgb
+            if name in self.sculptures
+            else pictures.resized(views[name], PREVIEW_PX)
+            for name in self.arms
+        ]
         return to_uint8(torch.cat([torch.cat(list(row), -1) for row in rows], -2))
 
-    def scored(self, arm: str) -> tuple[Float[Tensor, "12 3 H W"], list[str]]:
-        """An arm's object from all around, of the prior's size."""
+    def scored(self, arm: str) -> tuple[Float[Tensor, "V 3 H W"], list[str]]:
+        """An arm's object from all around, of the prior's size; without one the views that were drawn."""
+        if arm not in self.sculptures:
+            views = self._drawn(arm)
+            return views, [self.config.prompt] * len(views)
         scene, size = self.sculptures[arm].scene, self.models.prior.image_size
         views = pictures.scored_views(scene, self.frame, size, 2 * self.config.samples)
         return views, [self.config.prompt] * len(views)
 
+    @torch.no_grad()
+    def _drawn(self, arm: str) -> Float[Tensor, "V 3 H W"]:
+        """What an arm without an object has drawn."""
+        return self.models.prior.decode(self.arms[arm].method.x_c).float().clamp(0, 1)
+
     def artefacts(self, arm: str) -> Iterator[Artefact]:
+        if arm not in self.sculptures:
+            yield from pictures.artefacts_of_views(self._drawn(arm))
+            return
         scene, samples, size = self.sculptures[arm].scene, self.config.samples, self.models.prior.image_size
 
         def mesh() -> Mesh:
@@ -291,8 +317,7 @@ class ObjectStage:
         export_sculpted(path, *arrays, {name: about[name] for name in ("arm", "prompt", "prior") if name in about})
 
     def _resized(self, images: Float[Tensor, "V 3 h w"]) -> Float[Tensor, "V 3 H W"]:
-        side = self.models.prior.image_size
-        return F.interpolate(images, (side, side), mode="bilinear", align_corners=False)
+        return pictures.resized(images, self.models.prior.image_size)
 
 
 def start_field(config: RunConfig, radius: float) -> nn.Module:

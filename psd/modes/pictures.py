@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -56,6 +57,23 @@ def painting_views(scene: Scene, frame: Frame, size: int, samples: int) -> Views
     seen = [scene.render(cameras, size, samples=samples) for cameras in rings]
     rgb, opacity, depth = (torch.cat([getattr(ring, name) for ring in seen]) for name in ("rgb", "opacity", "depth"))
     return Views(Cameras.joined(rings), rgb.clamp(0, 1), opacity, depth)
+
+
+def resized(images: Float[Tensor, "V 3 h w"], side: int) -> Float[Tensor, "V 3 H W"]:
+    return F.interpolate(images, (side, side), mode="bilinear", align_corners=False)
+
+
+def artefacts_of_views(views: Float[Tensor, "V 3 H W"]) -> Iterator[Artefact]:
+    """The files of views that show no scene: the first, and all of them."""
+
+    def front(path: Path, about: dict[str, Any]) -> None:
+        export_png(path, to_uint8(resized(views[:1], FRONT_PX))[0], about)
+
+    def sheet(path: Path, about: dict[str, Any]) -> None:
+        export_png(path, np.concatenate(list(to_uint8(resized(views, SHEET_PX))), 1), about)
+
+    yield Artefact("picture", front)
+    yield Artefact("views", sheet)
 
 
 def artefacts_of(scene: Scene, frame: Frame, samples: int, mesh: Callable[[], Mesh]) -> Iterator[Artefact]:

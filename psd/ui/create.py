@@ -12,7 +12,7 @@ from psd.config import FIELDS, MODES, PRESETS
 from psd.models.priors.table import PRIORS
 from psd.models.rewards.table import EXAMPLE, REWARDS
 from psd.modes.pictures import TURNTABLE_FRAMES
-from psd.ui.examples import Example
+from psd.ui.examples import GALLERIES, Example
 from psd.ui.form import GROUPS, NAMES, START, control, download_box, model_note
 from psd.ui.show import COMPARE, LOOKS, MODELS, MORE, ONWARD, OUTPUTS, SIDES, opening
 
@@ -235,11 +235,11 @@ def build_galleries(shown: list[Example]) -> dict[str, Any]:
         "history": gr.BrowserState([], storage_key="psd-runs", secret="psd"),
         "runs": gr.Gallery(label="Your runs", columns=6, visible=False, elem_id="history", **common),
         **{
-            f"examples_{mode}": gr.Gallery(
-                [(str(example.thumbnail), example.title) for example in shown if example.mode == mode],
-                label=f"Examples, {info.label}: click to see the arms and what to look at", columns=4,
-                visible=any(example.mode == mode for example in shown), elem_id=f"examples_{mode}", **common,
+            f"examples_{name}": gr.Gallery(
+                [(str(example.thumbnail), example.title) for example in shown if example.gallery == name],
+                label=label, columns=4, visible=any(example.gallery == name for example in shown),
+                elem_id=f"examples_{name}", **common,
             )
-            for mode, info in MODES.items()
+            for name, label in GALLERIES.items()
         },
     }  # fmt: skip

@@ -1,6 +1,7 @@
 """What ships in examples/: prompts to start from, precomputed results, API recipes.
 
     examples/prompts.json                [{"title": str, "note": str, "config": {what differs from the preset}}]
+    examples/methods.json                the same, of every method on one seed
     examples/index.json                  [{"slug": str, "title": str, "note": str}]   absent until there are results
     examples/<slug>/                     a run's folder: psd.record reads it
     examples/api_python.py, api_javascript.mjs, api_curl.sh
@@ -17,10 +18,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from psd.config import LOCAL, RunConfig
+from psd.config import LOCAL, MODES, RunConfig
 from psd.record import Result, read
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+GALLERIES = {
+    **{mode: f"Examples, {info.label}: click to see the arms and what to look at" for mode, info in MODES.items()},
+    "methods": "Methods on one seed: click to see what every method of the field makes of it",
+}
 SLUG = re.compile(r"[a-z0-9][a-z0-9-]*")
 
 
@@ -38,8 +43,9 @@ class Example:
         return read(self.directory)
 
     @property
-    def mode(self) -> str:
-        return self.result.settings.get("mode", "")
+    def gallery(self) -> str:
+        """Where it hangs, a key of GALLERIES: of more arms than two, or by its mode."""
+        return "methods" if len(self.result.arms) > 2 else self.result.settings.get("mode", "")
 
     @property
     def thumbnail(self) -> Path | None:

@@ -71,8 +71,8 @@ UPLOADS = {
     ),
 }
 ARM_LABELS = {
-    "with": "with preference", "csd": "CSD", "sdi": "SDI", "cfd": "CFD", "vsd": "VSD", "dreamdpo": "DreamDPO",
-    "dreamreward": "DreamReward", "rewardsds": "RewardSDS", "rewardvsd": "RewardVSD",
+    "with": "with preference", "sampling": "plain sampling", "csd": "CSD", "sdi": "SDI", "cfd": "CFD", "vsd": "VSD",
+    "dreamdpo": "DreamDPO", "dreamreward": "DreamReward", "rewardsds": "RewardSDS", "rewardvsd": "RewardVSD",
 }  # fmt: skip
 
 

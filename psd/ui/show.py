@@ -52,9 +52,7 @@ def told(text: str) -> list[Any]:
 def opening(shown: Sequence[Example]) -> dict[str, dict[str, Any]]:
     """What the page opens with, by the outputs' names: a finished pair of pictures, and one of objects that turn."""
     page: dict[str, dict[str, Any]] = {"status": {"value": parts.status(IDLE, kind="idle")}}
-    results = {
-        mode: [r for each in shown if (r := read(each.directory)).settings.get("mode") == mode] for mode in MODES
-    }
+    results = {mode: [read(each.directory) for each in shown if each.gallery == mode] for mode in MODES}
     if not (results["image"] and results["3d"]):
         return page
     picture, turning = results["image"][0], results["3d"][0]

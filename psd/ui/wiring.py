@@ -12,7 +12,7 @@ from typing import Any
 import gradio as gr
 import spaces
 
-from psd.config import MAX_SEED, MODES, RunConfig, presets_of, seeds_of
+from psd.config import MAX_SEED, RunConfig, presets_of, seeds_of
 from psd.errors import RequestError
 from psd.models.needs import check_downloads
 from psd.record import Result, read, settings_of, start_of
@@ -20,7 +20,7 @@ from psd.sculpted import read_sculpted
 from psd.ui import api
 from psd.ui.create import COPIES, Page
 from psd.ui.estimate import check_work, note_speed
-from psd.ui.examples import Example
+from psd.ui.examples import GALLERIES, Example
 from psd.ui.files import is_asked_to_stop, run_folder
 from psd.ui.form import (
     NAMES,
@@ -171,9 +171,9 @@ def connect_results(demo: gr.Blocks, header: gr.HTML, page: Page) -> None:
         return show_again(read(run_folder(history[event.index]) or Path()))
 
     again = [*page.controls.values(), page.form["randomise"], *results]
-    for mode in MODES:
-        examples = [each for each in page.shown if each.mode == mode]
-        galleries[f"examples_{mode}"].select(show_from(examples), None, again, **LIGHT)
+    for name in GALLERIES:
+        examples = [each for each in page.shown if each.gallery == name]
+        galleries[f"examples_{name}"].select(show_from(examples), None, again, **LIGHT)
     galleries["runs"].select(show_run, galleries["history"], again, **LIGHT)
     demo.load(recall_runs, galleries["history"], [galleries["history"], galleries["runs"]], **LIGHT)
 
