@@ -24,7 +24,7 @@ ARMS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 OTHERS = ("csd", "sdi", "cfd", "vsd", "dreamdpo", "dreamreward", "rewardsds", "rewardvsd")  # the field's other methods
 # What an arm sets in mode image beyond its row: there DDIM is the plain method's, and two methods' steps are none of
-# DDIM's. The judge chose the rates, on other captions (README.md).
+# DDIM's. The judge chose the rates, on other captions (psd/bench/README.md).
 IMAGE_ARMS: dict[str, dict[str, Any]] = {
     "sampling": dict(method="sds", update="ddim"),
     "csd": dict(update="adam", lr=5e-3),
@@ -72,7 +72,7 @@ SINGLE_STAGE = dict(
 )  # fmt: skip
 REWARD3D = dict(reward="reward3d", rank="group")  # which sees the four views together
 
-# name -> overrides of RunConfig's defaults. The measured result of each stands in README.md, "Does it work?".
+# name -> overrides of RunConfig's defaults. The measured result of each stands in psd/bench/README.md.
 PRESETS: dict[str, dict[str, Any]] = {
     "toybox-image":      TOYBOX_IMAGE,
     "toybox-quick":      TOYBOX_IMAGE | dict(steps=25),

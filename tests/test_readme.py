@@ -1,14 +1,17 @@
-"""README tells the truth where a machine can check it: its tree, its commands, the pictures and files it links."""
+"""README, and what it links, tell the truth where a machine can check it: tree, commands, pictures and files."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
+import pytest
+
 from psd.config import FIELDS, PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = ["README.md", "psd/bench/README.md", "psd/ui/README.md", "assets/toybox/README.md"]
 TREE = README.split("## Where to read")[1].split("```")[1]
 
 
@@ -21,21 +24,29 @@ def test_the_tree_is_the_real_one():
     assert [name for name in sorted(modules - {"__init__.py", "__main__.py"}) if name not in TREE] == []
 
 
-def test_what_it_links_is_there():
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if not link.startswith("http")]
-    assert links and [link for link in links if not (ROOT / link).exists()] == []
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_what_it_links_is_there(name: str):
+    document = ROOT / name
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", document.read_text(encoding="utf-8"))
+    links = [link for link in links if not link.startswith("http")]
+    assert links and [link for link in links if not (document.parent / link).exists()] == []
 
 
-def test_the_targets_and_presets_that_it_names_exist():
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    targets = set(re.findall(r"(?:^|`)make ([a-z][a-z-]+)", README, re.M))
-    assert targets and [target for target in targets if not re.search(rf"^{target}:", makefile, re.M)] == []
+def test_readme_leads_to_all_of_them():
+    assert [name for name in DOCUMENTS[1:] if f"]({name})" not in README] == []
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_the_targets_and_presets_that_it_names_exist(name: str):
+    makefile, text = ((ROOT / each).read_text(encoding="utf-8") for each in ("Makefile", name))
+    targets = set(re.findall(r"(?:^|`)make ([a-z][a-z-]+)", text, re.M))
+    assert [target for target in targets if not re.search(rf"^{target}:", makefile, re.M)] == []
     presets = {
         name
-        for name in re.findall(r"`([a-z0-9]+-[a-z0-9-]+)`", README)
-        if name.startswith(("toybox-", "sd", "mvdream-fast"))
+        for name in re.findall(r"`([a-z0-9]+-[a-z0-9-]+)`", text)
+        if name.startswith(("toybox-", "sd", "table-", "mvdream-fast"))
     }
-    assert presets and presets <= PRESETS.keys()
+    assert presets <= PRESETS.keys() and ((targets and presets) or name != DOCUMENTS[0])
 
 
 def test_the_settings_in_its_table_are_settings():
