@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from psd.config import RunConfig
 from psd.methods import METHODS, Passes, learns_negative
+from psd.models.rewards.table import is_differentiable
 
 OF_MODE: dict[str, Passes] = {
     "image": Passes(),
@@ -24,6 +25,6 @@ def passes_of(arm: RunConfig) -> Passes:
     total = info.passes_of(arm).plus(OF_MODE[arm.mode])
     if info.ranks:
         total = total.plus(info.ranked, 1 / arm.pref_interval)
-    if learns_negative(arm):
+    if learns_negative(arm) and is_differentiable(arm.reward):
         total = total.plus(info.learned, 1 / (arm.pref_interval * arm.negative_interval))
     return total.plus(REBUILT) if arm.lambda_rgb and arm.mode == "3d" else total

@@ -180,8 +180,8 @@ class RunConfig:
         label="Threshold of DreamDPO", low=0.0, high=1000.0, group="preference")
 
     rescale: float = setting(0.0,
-        "3D: share of MVDream's rescaling of x0-hat to the contrast that eps_y alone has (tames a large gamma).",
-        label="Rescaling of x0 (3D)", low=0.0, high=1.0, group="method", varies="any")
+        "Share of MVDream's rescaling of x0-hat to the contrast that eps_y alone has (tames a large gamma).",
+        label="Rescaling of x0", low=0.0, high=1.0, group="method", varies="any")
 
     negative_from: str = setting("",
         "File of a learned n (ARM_negative.safetensors) that every arm starts from, in place of the negative prompt; "

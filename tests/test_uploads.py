@@ -80,6 +80,11 @@ def test_a_caller_may_send_so_many_bytes_a_minute(clock: Clock):
     assert answer(limit, size=900) == 200
 
 
+@pytest.mark.parametrize(("announced", "status"), [(b"\xb2", 200), (b"-5", 200), (b"", 200), (b"9" * 5000, 429)])
+def test_what_announces_no_number_is_counted_as_it_comes(clock: Clock, announced: bytes, status: int):
+    assert answer(UploadLimit(app), headers=((b"content-length", announced),)) == status
+
+
 def test_behind_the_proxy_of_a_space_it_is_the_address_that_the_proxy_adds(
     clock: Clock, monkeypatch: pytest.MonkeyPatch
 ):

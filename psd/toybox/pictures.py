@@ -1,4 +1,4 @@
-"""Pictures of the documents `python -m psd.toybox.pictures` writes them to assets. Nothing is picked."""
+"""Pictures of the documents: `python -m psd.toybox.pictures` writes them to assets. Nothing is picked."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 from urllib.parse import parse_qs
 
-from psd.ui.uploads import Receive, Scope, Send, header
+from psd.ui.uploads import Receive, Scope, Send, announced_bytes
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +45,7 @@ class Gate:
         if CLOSED.fullmatch(path):
             await answer(send, 404, "There is nothing here.")
             return
-        announced = header(scope, b"content-length")
-        if not path.endswith("/upload") and announced.isdigit() and int(announced) > MAX_BODY_BYTES:
+        if not path.endswith("/upload") and announced_bytes(scope) > MAX_BODY_BYTES:
             await answer(send, 413, f"The request is too large: at most {MAX_BODY_BYTES:,} bytes, files as uploads.")
             return
         exchange = Exchange(scope, receive, send)

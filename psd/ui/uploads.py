@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections import deque
@@ -32,9 +33,7 @@ class UploadLimit:
             await self.app(scope, receive, send)
             return
         recent = self.recent(caller_of(scope))
-        announced = header(scope, b"content-length")
-        size = int(announced) if announced.isdigit() else 0
-        if len(recent) >= MAX_FILES or sum(bytes_ for _, bytes_ in recent) + size > MAX_BYTES:
+        if len(recent) >= MAX_FILES or sum(bytes_ for _, bytes_ in recent) + announced_bytes(scope) > MAX_BYTES:
             await send({"type": "http.response.start", "status": 429, "headers": [
                 (b"content-type", b"application/json"), (b"retry-after", b"60"),
             ]})  # fmt: skip
@@ -68,6 +67,14 @@ def caller_of(scope: Scope) -> str:
     """Its address; on a Space the one that its proxy adds, the last: what stands before may be made up."""
     forwarded = header(scope, b"x-forwarded-for").split(",")[-1].strip() if os.environ.get("SPACE_ID") else ""
     return forwarded or (scope.get("client") or ("", 0))[0]
+
+
+def announced_bytes(scope: Scope) -> float:
+    """Of the body; 0 where nothing, or no number, is announced."""
+    announced = header(scope, b"content-length")
+    if not (announced.isascii() and announced.isdigit()):
+        return 0
+    return int(announced) if len(announced) < 20 else math.inf
 
 
 def header(scope: Scope, name: bytes) -> str:
