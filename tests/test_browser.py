@@ -14,6 +14,7 @@ import pytest
 
 from psd.scene.files import export_glb, read_glb
 from psd.scene.mesh import extract_mesh
+from psd.ui.show import ONWARD
 from tests.browser_page import (
     LAST_S,
     as_the_viewer_looks,
@@ -260,6 +261,26 @@ def test_a_learned_n_is_downloaded_and_starts_the_next_run(browser: Browser, app
     assert "n started from a file" in finished(page)
     page.get_by_role("button", name="Share and restore").click()
     assert "negative_from" not in copied_link(page, "steps=3")
+    assert faults == []
+    page.close()
+
+
+def test_a_run_goes_on_from_another_in_a_row_of_values(browser: Browser, app_url: str, tmp_path: Path):
+    page, faults = open_page(browser, app_url, 1440, "light", "&preset=toybox-quick&steps=3&prompt=a+red+mushroom")
+    page.wait_for_function("document.querySelector('#prompt textarea').value === 'a red mushroom'")
+    run(page)
+    assert "Started from" not in finished(page)
+    page.get_by_role("button", name=ONWARD).click()
+    page.locator("#start").get_by_text("with").first.wait_for()
+    page.locator("#vary textarea, #vary input").fill("gamma: 1.5, 3")
+    run(page)
+    assert "Started from a picture" in finished(page)
+    page.locator(".psd-grid.row figure").nth(3).wait_for()
+    row = page.locator(".psd-grid.row figure").all_inner_texts()
+    assert [text.split("\n")[0] for text in row] == ["with preference", "without", "gamma=1.5", "gamma=3"]
+    assert page.locator("#scores thead th").count() == 5
+    page.screenshot(path=tmp_path / "row.png", full_page=True)
+    assert unlabelled(page) == [] and uninvited(page) == []
     assert faults == []
     page.close()
 

@@ -18,6 +18,7 @@ from psd.ui.show import COMPARE, LOOKS, MODELS, MORE, ONWARD, OUTPUTS, SIDES, op
 
 FRAME_PX = 380  # of the picture, at most, so that scores and plots are in view with it (style.css: --psd-frame)
 COPIES = {"link": "Link", "python": "Python", "curl": "curl", "shell": "Command line"}  # page.js writes each
+BEGIN = "Start from a picture or an earlier run"
 HELP = {
     "preset": "Settings to start from.",
     "prior": "Diffusion model to distil; any Stable Diffusion of the hub can be typed, as org/name.",
@@ -79,7 +80,7 @@ def build_question(prompts: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[
         samples=[[saved["prompt"]] for saved in prompts], samples_per_page=len(prompts) or 1,
     )  # fmt: skip
     # Beside the question: what a run starts from is what it is about.
-    with gr.Accordion("Start from a picture or an earlier run", open=False, elem_id="begin") as form["begin"]:
+    with gr.Accordion(BEGIN, open=False, elem_id="begin") as form["begin"]:
         start = control("start")
     return {"mode": mode, "prompt": prompt, "start": start}, form
 
