@@ -34,7 +34,8 @@ ENDS = ("Done", "Stopped", "Broke down", "broke down", "Nothing was made")
 CONTROLS = {
     "Create", "Score an image", "API", "Run", "Stop", "Randomise seed", "On the left", "On the right",
     "Undo", "Fullscreen", "Download", "Adjust volume", "Reset to default value", "Use via API or MCP", "Settings",
-    "Advanced", "Find a setting", "Reset to the preset", "Play", "Pause", "Clear", "Close", BEGIN, ONWARD, MORE, COMPARE, *LOOKS.values(),
+    "Advanced", "Find a setting", "Reset to the preset", "Play", "Pause", "Clear", "Close",
+    BEGIN, ONWARD, MORE, COMPARE, *LOOKS.values(),
     *COPIES.values(), "These settings", "Click to upload or drop files",
     *GROUPS.values(), "Share and restore", *map(arm_label, ARMS), *(mode.label for mode in MODES.values()), *METHODS,
     *(entry["prompt"] for entry in load_prompts()), *(field.label for field in FIELDS.values()),
