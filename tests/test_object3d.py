@@ -12,7 +12,8 @@ from torch import Tensor
 from psd.config import FIELDS, RunConfig, arms_of, varied_name
 from psd.contracts import Models
 from psd.distil import distil
-from psd.modes.object import ObjectStage, Sculpture, anneal_timestep, annealed_rate, start_background, start_field
+from psd.modes.object import ObjectStage, anneal_timestep
+from psd.modes.sculpture import Sculpture, annealed_rate, start_background, start_field
 from psd.scene.cameras import orbit_cameras
 from psd.scene.fields import ConstantBackground, DirectionalBackground
 from psd.scene.losses import SEEN

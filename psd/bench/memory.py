@@ -23,7 +23,7 @@ from psd.bench.gpu import PRESETS, PROMPT, Models, random_decoder, random_prior,
 from psd.config import RunConfig, arms_of
 from psd.contracts import Drawn
 from psd.methods import METHODS, learns_negative
-from psd.modes.object import Sculpture, start_background, start_field
+from psd.modes.sculpture import Sculpture, start_background, start_field
 from psd.scene.cameras import sample_cameras
 
 CUDA_GB, ALLOCATOR = 0.8, 1.1  # its context and libraries; what is held beyond what is used
