@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 
 from psd.bench import __main__ as bench_main
-from psd.bench import gpu, growth, image, memory, paired, scene, transfer
+from psd.bench import gpu, growth, image, memory, methods, paired, scene, transfer
 from psd.config import RunConfig
 from psd.events import Preview
+from psd.presets import OTHERS
 from psd.run import generate
 from psd.scene.cameras import Cameras
 from psd.toybox import world
@@ -189,6 +190,17 @@ def test_the_rows_differ_from_full_psd_only_where_they_say(bench):
         for title, row in paired.rows_of(config, bench.ROWS).items()
     }
     assert list(beyond.items()) == list(BEYOND_FULL_PSD[bench].items())
+
+
+def test_the_methods_table_has_every_method_with_the_rows_it_asks_for():
+    assert [arm for arm, beyond in methods.ROWS.values() if not beyond] == ["without", "with", *OTHERS]
+    for bench in methods.TABLES.values():
+        config = RunConfig.from_preset(bench.PRESET, prompt="a red cube", candidates=2)
+        counted = bench.passes(bench.ROWS, config)
+        assert all(list(column) == list(bench.ROWS) for column in counted.values())
+        assert counted["UNet rows a step"]["score distillation"] == "2"
+        assert counted["UNet rows a step"]["PSD"].startswith("3 + ")
+        assert counted["reward rows a step"]["RewardSDS"] == "1.4"  # two candidates in 0.7 of the run
 
 
 @pytest.mark.parametrize(("bench", "stage"), [(image, image.ImageStage), (scene, scene.ObjectStage)])

@@ -114,6 +114,8 @@ def write_table(bench, args: argparse.Namespace) -> None:
     rows = {tried: row_of(tried) for tried in args.tried}
     rows = dict(list(bench.ROWS.items())[:1]) | rows if rows else bench.ROWS
     run = partial(run_batch, bench.make, bench.seen_in, rows, config, args.device, pictures, args.keep)
+    if hasattr(bench, "passes"):
+        extra = bench.passes(rows, config) | extra
     found = measure(run, scenes, args.seeds, bench.BATCH, workers)
     values = {arm: {name: v.tolist() for name, v in columns.items()} for arm, columns in found.items()}
     record = {
@@ -125,7 +127,9 @@ def write_table(bench, args: argparse.Namespace) -> None:
         "costs": extra,
     }
     output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    page = contact_sheet(pictures, scenes, bench.SHEET_COLUMNS, bench.SHOWN_VIEWS)
+    page = contact_sheet(
+        pictures, scenes[: getattr(bench, "SHEET_PROMPTS", None)], bench.SHEET_COLUMNS, bench.SHOWN_VIEWS
+    )
     page.save(output.with_suffix(".png"), optimize=True)
     print(table(found, bench.COLUMNS, extra, getattr(bench, "AGAINST", None)))
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 from psd.bench import image, scene
-from psd.bench.paired import Rows
+from psd.bench.paired import Rows, rows_of
+from psd.budget import passes_of
+from psd.config import RunConfig
 
-PROMPTS, SEEDS, BATCH = 20, 2, {"methods": 5, "methods-3d": 1}
+BATCH = {"methods": 5, "methods-3d": 1}
 ROWS: Rows = {
     "score distillation": ("without", {}),
     "PSD": ("with", {}),
@@ -20,9 +22,21 @@ ROWS: Rows = {
     "RewardSDS": ("rewardsds", {}),
     "RewardVSD": ("rewardvsd", {}),
 }
+
+
+def passes(rows: Rows, config: RunConfig) -> dict[str, dict[str, str]]:
+    """Rows that a step sends through two networks, for a picture or a view; those with gradient after the plus."""
+    of = {title: passes_of(arm) for title, arm in rows_of(config, rows).items()}
+
+    def column(name: str) -> dict[str, str]:
+        counts = {title: (getattr(each, name), getattr(each, f"{name}_grad")) for title, each in of.items()}
+        return {title: f"{plain:.3g}{f' + {grad:.2g}' if grad else ''}" for title, (plain, grad) in counts.items()}
+
+    return {"UNet rows a step": column("unet"), "reward rows a step": column("reward")}
+
+
+COMMON = dict(__doc__=__doc__, ROWS=ROWS, PROMPTS=20, SEEDS=2, SHEET_COLUMNS=6, SHEET_PROMPTS=6, passes=passes)
 TABLES = {
-    name: SimpleNamespace(
-        **vars(bench) | dict(__doc__=__doc__, ROWS=ROWS, PROMPTS=PROMPTS, SEEDS=SEEDS, BATCH=BATCH[name])
-    )
+    name: SimpleNamespace(**vars(bench) | COMMON | {"BATCH": BATCH[name]})
     for name, bench in (("methods", image), ("methods-3d", scene))
 }
