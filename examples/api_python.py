@@ -28,3 +28,14 @@ print("files:", files)
 picture = paths[arms["with"]["files"]["picture"]]
 rated = client.predict(handle_file(picture), "a red mushroom with a white stem", api_name="/scores")
 print("rated again:", rated)
+
+# Another prompt goes on from the first arm's picture; of an object from its field (mode="3d").
+_, status, arms, files = client.predict(
+    prompt="a blue mushroom with a white stem",
+    start=f"{status['run']}/with",
+    t_max=0.5,
+    seed=7,
+    steps=steps,
+    api_name="/generate",
+)
+print("went on:", {name: arm["scores"] for name, arm in arms.items()})

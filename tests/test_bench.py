@@ -108,7 +108,7 @@ def test_jobs_come_back_under_their_prompt_and_seed(tmp_path: Path):
     assert len(pictures) == 6
     with Image.open(pictures[0]) as picture:
         assert picture.size == (12 * 64, 2 * 64)
-    assert paired.contact_sheet(tmp_path, scenes, 2, 4).width == 2 * 4 * 64
+    assert paired.contact_sheet(tmp_path, scenes, 2, 4).width == paired.NAMES_PX + 2 * 4 * 64
 
 
 def judged(folder: Path, jobs: list[paired.Job], made: dict[paired.Job, paired.Pictures], keep: str, **settings):

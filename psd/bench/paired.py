@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import textwrap
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -18,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from psd.config import RunConfig, arms_of
@@ -30,10 +31,11 @@ from psd.run import load
 from psd.toybox import world
 from psd.toybox.instruments import load_instruments
 from psd.toybox.pairs import to_pixels
-from psd.toybox.pictures import sheet
+from psd.toybox.pictures import LABEL_PX, sheet
 from psd.toybox.taste import AXES
 
 COST_PROMPT = "a red mushroom with a white stem"
+NAMES_PX, NAMES_CHARS = 104, 15  # beside a contact sheet
 NEGATIVE_RATES = (1e-3, 4e-2, 1e-1)  # of n: the paper's Fig. 3; at the largest the reward is hacked
 
 
@@ -170,12 +172,27 @@ def load_pictures(folder: Path, job: Job) -> dict[str, UInt8[np.ndarray, "V S S 
 
 
 def contact_sheet(folder: Path, scenes: list[world.Scene], columns: int, views: int) -> Image.Image:
-    """Every scene's arms of seed 0, one below the other, in order: nothing is picked. The first `views`."""
-    shown = []
+    """Every scene's arms of seed 0, one below the other, named, in order: nothing is picked. The first `views`."""
+    shown, names = [], []
     for scene in scenes:
-        rows = [np.concatenate(list(seen[:views]), 1) for seen in load_pictures(folder, (scene, 0)).values()]
-        shown.append(np.concatenate(rows))
-    return sheet(shown, [world.caption(scene) for scene in scenes], columns)
+        pictures = load_pictures(folder, (scene, 0))
+        names = list(pictures)
+        shown.append(np.concatenate([np.concatenate(list(seen[:views]), 1) for seen in pictures.values()]))
+    page = sheet(shown, [world.caption(scene) for scene in scenes], columns)
+    return beside_names(page, names, len(shown[0]) // len(names))
+
+
+def beside_names(page: Image.Image, names: list[str], height: int) -> Image.Image:
+    """A contact sheet with what each row of `height` px shows to its left, in every block of rows."""
+    wide = Image.new("RGB", (NAMES_PX + page.width, page.height), "white")
+    wide.paste(page, (NAMES_PX, 0))
+    draw, block = ImageDraw.Draw(wide), len(names) * height + LABEL_PX
+    for top in range(0, page.height, block):
+        for row, name in enumerate(names):
+            text = "\n".join(textwrap.wrap(name, NAMES_CHARS))
+            at = (NAMES_PX - 6, top + (row + 0.5) * height)
+            draw.text(at, text, fill=(40, 40, 50), anchor="rm", align="right", font=ImageFont.load_default(size=12))
+    return wide
 
 
 def interval(values: Float[np.ndarray, "P S"], draws: int = 4000) -> tuple[float, float, float]:
