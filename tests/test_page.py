@@ -115,6 +115,10 @@ def test_scores_have_a_column_an_arm_and_the_change_against_the_baseline():
     assert table.count("<th scope='col'") == 4 and "no negative" in table
     assert "<td>0.000<small class='down'>-1.000</small></td>" in table  # with against without
     assert "<td>1.000</td>" in table and "<td>2.000<small class='up'>+1.000</small></td>" in table
+    many = parts.score_table({**{f"gamma={value}": {"toybox/preference": 1.0} for value in range(1, 5)}, "without": {
+        "toybox/preference": 3.0}}, "toybox/preference")  # fmt: skip
+    assert many.count("<th scope='col'") == 2 and many.count("<th scope='row'") == 5
+    assert many.count("<td>1.000<small class='down'>-2.000</small></td>") == 4 and "<td>3.000</td>" in many
     alone = parts.score_table({"with": {"toybox/preference": 1.0}}, "toybox/preference")
     assert "change" not in alone and "<small" not in alone
 

@@ -49,6 +49,7 @@ FILES = {
     "turntable": "MP4", "views": "Views",
 }  # fmt: skip
 SO_FAR = "Scores so far"
+MAX_COLUMNS = 4  # of a table of scores
 VIEWS = "Colours, depth and normals from four sides"
 HELD_OUT_TAG = '<span class="psd-tag">held-out judge</span>'
 
@@ -237,7 +238,8 @@ def view_sheets(arms: Mapping[str, ArmResult]) -> str:
 
 
 def score_table(scores: Mapping[str, Mapping[str, float]], target: str, what: str = "Scores of the results") -> str:
-    """One row a reward: every arm, its change against the baseline, and what the number may be believed for."""
+    """One row a reward: every arm, its change against the baseline, and what the number may be believed for. Of more
+    than MAX_COLUMNS arms one row an arm."""
     if not any(scores.values()):
         return ""
     names = list(dict.fromkeys(name for arm in scores.values() for name in arm))
@@ -246,22 +248,28 @@ def score_table(scores: Mapping[str, Mapping[str, float]], target: str, what: st
     with contextlib.suppress(RequestError):  # another version's run may name what is unknown here
         members = reward_terms(target)
     baseline = BASELINE if BASELINE in scores else list(scores)[-1]
-    head = "".join(f"<th scope='col' class='psd-key'>{key(arm, scores)}</th>" for arm in scores)
+    tags = {name: TARGET_TAG if name == target else MEMBER_TAG if name in members else HELD_OUT_TAG for name in names}
+    rewards = {name: f"{escape(name)} {tag}" for name, tag in tags.items()}
+    arms = {arm: f"<span class='psd-key'>{key(arm, scores)}</span>" for arm in scores}
+
+    def cell(arm: str, name: str) -> str:
+        value, plain = (scores[which].get(name, math.nan) for which in (arm, baseline))
+        return f"<td>{score(value)}{'' if arm == baseline else change(value - plain)}</td>"
+
+    tall = len(scores) > MAX_COLUMNS
+    heads, rows = (rewards, arms) if tall else (arms, rewards)
+    head = "".join(f"<th scope='col'>{text}</th>" for text in heads.values())
     body = ""
-    for name in names:
-        cells = ""
-        for arm, each in scores.items():
-            value = each.get(name, math.nan)
-            cells += f"<td>{score(value)}"
-            cells += "</td>" if arm == baseline else f"{change(value - scores[baseline].get(name, math.nan))}</td>"
-        tag = TARGET_TAG if name == target else MEMBER_TAG if name in members else HELD_OUT_TAG
-        body += f"<tr><th scope='row'>{escape(name)} {tag}</th>{cells}</tr>"
+    for row, text in rows.items():
+        cells = "".join(cell(*((row, column) if tall else (column, row))) for column in heads)
+        body += f"<tr><th scope='row'>{text}</th>{cells}</tr>"
     against = f"; small: change against “{escape(arm_label(baseline))}”" if len(scores) > 1 else ""
+    look, first = ("psd-scores tall", "arm") if tall else ("psd-scores", "reward")
     return (
         f"<p class='psd-caption' id='scores_caption'>{what}, higher is better{against}</p>"
         "<div class='psd-wide' tabindex='0' role='region' aria-labelledby='scores_caption'>"
-        "<table class='psd-scores' aria-labelledby='scores_caption'>"
-        f"<thead><tr><th scope='col'>reward</th>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        f"<table class='{look}' aria-labelledby='scores_caption'>"
+        f"<thead><tr><th scope='col'>{first}</th>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 
