@@ -9,7 +9,7 @@ from psd.bench.paired import Rows, rows_of
 from psd.budget import passes_of
 from psd.config import RunConfig
 
-BATCH = {"methods": 5, "methods-3d": 1}
+OWN = {"methods": dict(BATCH=5), "methods-3d": dict(PRESET="toybox-fast-methods")}
 ROWS: Rows = {
     "score distillation": ("without", {}),
     "PSD": ("with", {}),
@@ -37,6 +37,6 @@ def passes(rows: Rows, config: RunConfig) -> dict[str, dict[str, str]]:
 
 COMMON = dict(__doc__=__doc__, ROWS=ROWS, PROMPTS=20, SEEDS=2, SHEET_COLUMNS=6, SHEET_PROMPTS=6, passes=passes)
 TABLES = {
-    name: SimpleNamespace(**vars(bench) | COMMON | {"BATCH": BATCH[name]})
+    name: SimpleNamespace(**vars(bench) | COMMON | OWN[name])
     for name, bench in (("methods", image), ("methods-3d", scene))
 }
