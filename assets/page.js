@@ -1,4 +1,4 @@
-// What the page does by itself. `psd.data` holds the names of the form's controls in their order, and the presets.
+// What the page does by itself. `psd.data` holds the names of the form's controls in their order, the defaults and the presets.
 window.psd = {
     data: DATA,
 
@@ -9,9 +9,10 @@ window.psd = {
 
     // The form's values by name, and the preset's.
     settings(values) {
-        const {names, presets} = psd.data, settings = {};
+        const {names, defaults, presets} = psd.data, settings = {};
         names.forEach((name, i) => settings[name] = Array.isArray(values[i]) ? values[i].join(', ') : values[i]);
-        return [settings, presets[settings.preset] ?? {}];
+        const {preset} = settings;
+        return [settings, preset in presets ? {...defaults, ...presets[preset], preset} : {}];
     },
 
     // Only what differs from the preset goes out, so it stays short, and survives a restart of the server; an upload, the

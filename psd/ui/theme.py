@@ -22,7 +22,7 @@ STYLE = ASSETS / "style.css"
 
 def script() -> str:
     """assets/page.js with its data, as an element of the page's head."""
-    data = {"names": list(FIELDS), "presets": {name: RunConfig.from_preset(name).to_dict() for name in PRESETS}}
+    data = {"names": list(FIELDS), "defaults": RunConfig().to_dict(), "presets": PRESETS}
     inside = json.dumps(data).replace("<", "\\u003c")  # no text of a preset ends the element
     return f"<script>{(ASSETS / 'page.js').read_text(encoding='utf-8').replace('DATA', inside, 1)}</script>"
 
