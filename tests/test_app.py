@@ -344,7 +344,7 @@ def test_the_page_opens_with_what_its_preset_has():
     start["arms"] = start["arms"].split(", ")
     assert {name: each.value for name, each in controls.items()} == {name: start[name] for name in controls}
     with gr.Blocks():
-        chosen, _ = create.build_settings()
+        chosen, _ = create.build_settings(())
     assert {name: chosen[name].value for name in ("preset", "prior", "reward")} == {
         name: start[name] for name in ("preset", "prior", "reward")
     }
@@ -366,7 +366,7 @@ def test_a_prior_of_the_hub_can_be_typed_and_travels_in_a_link():
 def test_a_mixture_can_be_typed_and_travels_in_a_link():
     mixture = "toybox/preference + 0.5 toybox/judge"
     with gr.Blocks():
-        controls, _ = create.build_settings()
+        controls, _ = create.build_settings(())
     assert controls["reward"].preprocess(mixture) == mixture
     assert form.settings_of_query({"prompt": PROMPT, "reward": mixture})["reward"] == mixture
     with pytest.raises(RequestError, match="reward 'nobody' is not known"):

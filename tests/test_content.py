@@ -296,5 +296,6 @@ def test_the_owner_and_the_switch_leave_pictures_alone(runs: dict[str, dict], ca
 
 
 def test_the_readme_says_how_the_weights_come_and_how_it_is_switched():
-    readme = (ROOT / "README.md").read_text()
-    assert all(word in readme for word in (CHECKER.name, CHECKER.revision, *CHECKER.files, content.SWITCH))
+    readme, page = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "psd/ui/README.md"))
+    assert all(word in page for word in (CHECKER.name, CHECKER.revision, *CHECKER.files, content.SWITCH))
+    assert content.SWITCH in readme

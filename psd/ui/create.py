@@ -116,9 +116,7 @@ def build_settings(asked: Collection[str]) -> tuple[dict[str, Any], dict[str, An
                     controls["prior"] = dropdown("prior", PRIORS, custom=True)
                     form["models"] = html(model_note(*models), elem_id="models_note")
                     controls["negative_prompt"] = control("negative_prompt")
-                for name in (
-                    name for name in NAMES if FIELDS[name].group == group and name not in {**controls, **asked}
-                ):
+                for name in (name for name in NAMES if FIELDS[name].group == group and name not in (*controls, *asked)):
                     controls[name] = control(name)
     return controls, form
 
