@@ -150,7 +150,7 @@ def test_the_warm_up_measures_a_step_and_the_files_of_the_default_preset(mode: s
     ticks = itertools.count(step=0.5)
     monkeypatch.setattr(estimate, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
     parts_done = sum(1 for _ in estimate.measuring(mode, "cpu"))
-    files = 1 if mode == "image" else 6
+    files = 1 if mode == "image" else 7
     assert parts_done == estimate.WARM_STEPS + 1 + 1 + files
     config = RunConfig.from_preset(mode=mode)
     assert estimate.step_s(config) == pytest.approx(0.5)
