@@ -420,7 +420,7 @@ def test_charts_draw_finite_values_and_escape_text():
 
 
 def run_folders() -> list[Path]:
-    return [path for path in (files.cache_root() / "psd-runs").iterdir() if path.is_dir()]
+    return [path for path in files.output_root().iterdir() if path.is_dir()]
 
 
 def wait_until(condition: Callable[[], object], job: Job | None = None) -> None:
