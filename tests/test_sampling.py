@@ -57,6 +57,12 @@ def test_it_neither_moves_its_neighbours_nor_is_moved():
     assert beside.scored("sampling")[0].shape[0] == 4 and list(beside.sculptures) == ["with_"]
 
 
+def test_noise_that_lies_on_objects_is_for_arms_that_have_one():
+    config = replace(CONFIG, noise="consistent", steps=2)
+    stage = ended(with_=config, sampling=replace(config, method="sampling"))
+    assert torch.isfinite(stage.scored("sampling")[0]).all() and list(stage.sculptures) == ["with_"]
+
+
 def test_a_run_shows_it_beside_an_object(tmp_path: Path):
     config = RunConfig.from_preset(
         "toybox-fast", prompt="a red mushroom", arms="without, sampling", steps=2, grid_size=16, render_size=16,

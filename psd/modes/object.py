@@ -107,7 +107,7 @@ class ObjectStage:
     @torch.no_grad()
     def _lay_noise(self, drawn: Drawn, renders: dict[str, Rendering]) -> None:
         """Surface points of the arms whose noise is consistent, and the step's renewal of that."""
-        laid = [name for name, arm in self.arms.items() if arm.config.noise == "consistent"]
+        laid = [name for name, each in self.sculptures.items() if each.config.noise == "consistent"]
         if not laid:
             return
         if self.surface_noise is None:
