@@ -186,12 +186,12 @@ def beside_names(page: Image.Image, names: list[str], height: int) -> Image.Imag
     """A contact sheet with what each row of `height` px shows to its left, in every block of rows."""
     wide = Image.new("RGB", (NAMES_PX + page.width, page.height), "white")
     wide.paste(page, (NAMES_PX, 0))
-    draw, block = ImageDraw.Draw(wide), len(names) * height + LABEL_PX
+    draw, font, block = ImageDraw.Draw(wide), ImageFont.load_default(size=12), len(names) * height + LABEL_PX
     for top in range(0, page.height, block):
         for row, name in enumerate(names):
             text = "\n".join(textwrap.wrap(name, NAMES_CHARS))
             at = (NAMES_PX - 6, top + (row + 0.5) * height)
-            draw.text(at, text, fill=(40, 40, 50), anchor="rm", align="right", font=ImageFont.load_default(size=12))
+            draw.text(at, text, fill=(40, 40, 50), anchor="rm", align="right", font=font)
     return wide
 
 
